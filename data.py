@@ -1,0 +1,1187 @@
+"""data.py - everything a stage needs that the guide does not define. No mathematics of the paper is in this file.
+
+    1 folders of images and captions     read_folder -> Folder, Pictures, batches
+    2 pretrained networks                load_image_encoder (DINOv2), load_text_encoder (T5), load_lpips
+    3 the randomness of a step           generator, order
+    4 checkpoints                        save, load, load_weights, fingerprint
+    5 a run                              Run: device, precision, ranks, lock, signals, loss log
+    6 the command line                   read_flags, configure, program
+    7 pictures for people                grid, pca_colours, save_png
+
+    python data.py [--data DIR]          counts, sizes, captions, what is broken; out/data.png is a contact sheet
+
+The stages (svae.py, psvae.py, dit.py) share this file and nothing else. Images are uint8 (3, S, S) when they leave
+the loader and float in [-1, 1] from then on; features and latents are (B, h, w, channels), as the guide writes them.
+"""
+
+import argparse
+import contextlib
+import csv
+import errno
+import fcntl
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import posixpath
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import warnings
+import zlib
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+FORMAT = 1                     # of checkpoints and latents; another number is refused, never guessed at
+
+
+class UserError(Exception):
+    """Wrong input, told to a person in one line: what, the value, what is allowed, the next command."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Folders of images and captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+HELD_OUT = 50                  # without a val/ folder, one picture in so many is held out, by a hash of its name
+
+
+@dataclass
+class Folder:
+    """A list of pictures and a list of rows that speak of them; a row is (image, text, source).
+
+    image and source are indices into `images`; source is -1 for a caption, and the picture to be edited for an
+    edit (then `text` is the instruction and `image` the result).
+    """
+
+    root: Path
+    layout: str                                       # metadata | classes | text files | file names
+    images: list[str] = field(default_factory=list)   # paths relative to root
+    rows: list[tuple[int, str, int]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # "name: reason" for what is not in images or rows
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.images[index])
+
+
+def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: int = 50_000) -> tuple[Folder, Folder]:
+    """Reads a folder in any of the three layouts; returns (training, held-out) pictures.
+
+    `metadata.jsonl` or `metadata.csv` with file_name, text[, source] (Hugging Face ImageFolder) | class folders
+    (ImageNet) | a .txt beside each image, else captions from file names. Where there are train/ and val/, each is
+    such a folder; else 2 % are held out. An empty name is the built-in world, drawn on first use with `count` pictures.
+
+    Raises UserError: no such folder, no images in it, or more than `max_broken` of its rows unusable.
+    """
+    if not name:
+        top = Path(out) / "world"
+        if not (top / "world.json").exists():
+            from notes import world                   # the one thing the stages call in notes/
+            print(f"no --data: drawing the built-in world of {count:,} pictures into {top}", flush=True)
+            world.write(top, count=count)
+    else:
+        top = Path(name).expanduser()
+    if not top.exists():
+        raise UserError(f"--data {name}: no such folder. Give a folder of images, or leave --data out for the "
+                        f"built-in world.")
+    if not top.is_dir():
+        raise UserError(f"--data {name} is a file; a folder of images is needed "
+                        f"(notes/convert.py unpacks archives and tables).")
+    inner = [top / "train", top / "ILSVRC/Data/CLS-LOC/train"]
+    root = next((path for path in inner if path.is_dir()), top)
+    train = _read_layout(root, top)
+    if root != top and (root.parent / "val").is_dir():
+        held_out = _read_layout(root.parent / "val", top)
+    else:
+        train, held_out = _hold_out(train)
+    for folder in (train, held_out):
+        tolerate(folder.skipped, len(folder.skipped) + len(folder.rows), max_broken, f"rows of {folder.root}")
+    if not train.images:
+        raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
+    return train, held_out if held_out.images else train
+
+
+def tolerate(broken: list[str], total: int, max_broken: float, what: str):
+    """Raises UserError when more than the fraction max_broken of `total` is broken, with counts and examples."""
+    if len(broken) > max_broken * total:
+        raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken {max_broken} allows. "
+                        f"The first: {'; '.join(broken[:3])}. `python data.py --data …` lists them all.")
+
+
+def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
+    """Relative paths of images and of .txt files below root, and what was refused: links that leave root."""
+    images, texts, refused = set(), set(), []
+    inside, stack = os.path.realpath(root) + os.sep, [""]
+    while stack:
+        folder = stack.pop()
+        for entry in os.scandir(os.path.join(root, folder)):
+            name = posixpath.join(folder, entry.name)
+            suffix = os.path.splitext(entry.name)[1].lower()
+            link = entry.is_symlink()
+            if link and not (os.path.realpath(entry.path) + os.sep).startswith(inside):
+                refused.append(f"{name!r}: a link that leaves the folder")
+            elif entry.is_dir(follow_symlinks=False):
+                stack.append(name)
+            elif link and entry.is_dir():
+                refused.append(f"{name!r}: a link to a folder")        # it could be a loop
+            elif suffix in SUFFIXES:
+                images.add(name)
+            elif suffix == ".txt":
+                texts.add(name)
+    return images, texts, refused
+
+
+def _read_layout(root: Path, top: Path) -> Folder:
+    images, texts, refused = _listing(root)
+    for table in ("metadata.jsonl", "metadata.csv"):
+        if (root / table).is_file():
+            return _read_metadata(root / table, images)
+    names = sorted(images)
+    if any("/" in name for name in names):                             # class folders
+        titles = _class_titles(top)
+        folder = Folder(root, "classes", names, skipped=refused)
+        folder.rows = [(i, titles.get(name.split("/")[0], _words(name.split("/")[0])), -1)
+                       for i, name in enumerate(names)]
+    elif texts:
+        folder = Folder(root, "text files", skipped=refused)
+        for name in names:
+            beside = os.path.splitext(name)[0] + ".txt"
+            if beside not in texts:
+                folder.skipped.append(f"{name!r}: no .txt beside it")
+                continue
+            text = (root / beside).read_text(encoding="utf-8", errors="replace").strip()
+            folder.rows.append((len(folder.images), text, -1))
+            folder.images.append(name)
+    else:
+        titles = _imagenet_val_titles(top)                             # Kaggle keeps val flat
+        folder = Folder(root, "file names", names, skipped=refused)
+        folder.rows = [(i, titles.get(os.path.splitext(name)[0], _words(os.path.splitext(name)[0])), -1)
+                       for i, name in enumerate(names)]
+    return folder
+
+
+def _read_metadata(table: Path, present: set[str]) -> Folder:
+    """Rows {"file_name", "text"[, "source"]}, paths relative to the table's folder, which they may not leave."""
+    folder, index = Folder(table.parent, "metadata"), {}
+
+    def image(name) -> int:
+        if not isinstance(name, str) or not name:
+            raise ValueError("no file_name")
+        clean = posixpath.normpath(name)
+        if clean.startswith(("/", "..")):
+            raise ValueError(f"{name!r} leaves the folder")
+        if clean not in present:
+            raise ValueError(f"{name!r} is not there, or no image")
+        if clean not in index:
+            index[clean] = len(folder.images)
+            folder.images.append(clean)
+        return index[clean]
+
+    with open(table, encoding="utf-8", errors="replace", newline="") as lines:
+        csv.field_size_limit(1 << 24)
+        for number, line in enumerate(csv.DictReader(lines) if table.suffix == ".csv" else lines, 1):
+            try:
+                row = line if table.suffix == ".csv" else json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError("no text")
+                source = image(row["source"]) if row.get("source") else -1
+                folder.rows.append((image(row.get("file_name")), row["text"].strip(), source))
+            except (ValueError, RecursionError) as error:              # JSONDecodeError is a ValueError
+                folder.skipped.append(f"{table.name} row {number}: {error}")
+    return folder
+
+
+def _hold_out(folder: Folder) -> tuple[Folder, Folder]:
+    """Splits by a hash of the file name, so that a picture stays on its side when the folder grows."""
+    held = [zlib.crc32(name.encode("utf-8", "surrogateescape")) % HELD_OUT == 0 for name in folder.images]
+    parts = []
+    for side in (False, True):
+        part = Folder(folder.root, folder.layout, skipped=[] if side else folder.skipped)
+        rows = [row for row in folder.rows if (held[row[0]] or (row[2] >= 0 and held[row[2]])) == side]
+        index = {}                                    # an edit with either picture held out is held out
+        for image, text, source in rows:
+            pair = [index.setdefault(i, len(index)) if i >= 0 else -1 for i in (image, source)]
+            part.rows.append((pair[0], text, pair[1]))
+        part.images = [folder.images[i] for i in index]
+        parts.append(part)
+    return (parts[0], parts[1]) if parts[0].images else (parts[1], parts[0])
+
+
+def _words(name: str) -> str:
+    return " ".join(re.split(r"[\s_\-]+", name)).strip()
+
+
+@functools.cache
+def _class_titles(top: Path) -> dict[str, str]:
+    """ImageNet's wnid -> first name, from Kaggle's LOC_synset_mapping.txt or the copy in notes/."""
+    for path in (top / "LOC_synset_mapping.txt", HERE / "notes/imagenet_names.txt"):
+        if path.is_file():
+            lines = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines() if " " in line)
+            return {wnid: names.split(",")[0].strip() for wnid, names in lines}
+    return {}
+
+
+def _imagenet_val_titles(top: Path) -> dict[str, str]:
+    path, titles = top / "LOC_val_solution.csv", _class_titles(top)
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as lines:
+        return {row["ImageId"]: titles.get(row["PredictionString"].split()[0], "") for row in csv.DictReader(lines)}
+
+
+def open_image(path: str, draft: int = 0) -> Image.Image:
+    """Any image file as RGB: first frame, EXIF rotation applied, transparency on white, 16 bit scaled to 8.
+
+    draft > 0 lets the JPEG decoder skip detail down to that many pixels a side (three times faster at 500 px).
+    Raises whatever Pillow raises: OSError, SyntaxError, DecompressionBombError, ...
+    """
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")                                # corrupt EXIF: ImageNet has many
+        if draft and image.format == "JPEG":
+            image.draft("RGB", (draft, draft))
+        image.load()
+        with contextlib.suppress(Exception):                           # an unreadable rotation is no rotation
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                                 # .convert would clip 16 bit at 255
+            values = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((values // (256 if values.max(initial=0) > 255 else 1)).clip(0, 255)
+                                    .astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Crops to a square of `size`: the centre, or with rng a random resized crop (half the area or more) and flip."""
+    width, height = image.size
+    if rng is None:
+        side = min(width, height)
+        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    else:
+        area, ratio = width * height * rng.uniform(0.5, 1), math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        box = (left, top, left + w, top + h)
+    if image.size != (size, size) or box != (0, 0, size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    pixels = np.array(image)
+    return pixels[:, ::-1].copy() if rng is not None and rng.random() < 0.5 else pixels
+
+
+def user_image(name: str, size: int) -> np.ndarray:
+    """A picture that a person named, cropped to a square: uint8 (size, size, 3). Raises UserError."""
+    if not Path(name).is_file():
+        raise UserError(f"{name}: no such file.")
+    try:
+        with Image.open(name) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                print(f"{name} is animated: its first frame is used")
+        return square(open_image(name), size)
+    except Exception as error:                         # decoders raise nearly anything on rubbish
+        raise UserError(f"{name} cannot be read as an image ({_first_line(error)}).")
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures of a folder as uint8 (3, size, size). A key is (index, seed); seed None means a centre crop.
+
+    A picture that cannot be read is replaced by the next one that can, so that the order of a run does not depend
+    on it; `collate` returns the names beside the batch, and Run.count_broken ends the run when they are too many.
+    """
+
+    def __init__(self, folder: Folder, size: int):
+        self.folder, self.size = folder, size
+
+    def __len__(self):
+        return len(self.folder.images)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+        index, seed = key
+        broken = []
+        for offset in range(min(len(self), 1000)):
+            try:
+                pixels = self.read((index + offset) % len(self), seed)
+                return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), broken
+            except Exception as error:                 # decoders raise nearly anything on rubbish
+                broken.append(((index + offset) % len(self), f"{type(error).__name__}: {error}"))
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), broken
+
+    def read(self, index: int, seed: int | None = None) -> np.ndarray:
+        image = open_image(self.folder.path(index), draft=2 * self.size)
+        return square(image, self.size, None if seed is None else np.random.default_rng(seed))
+
+    @staticmethod
+    def collate(items):
+        return torch.stack([image for image, _ in items]), [pair for _, broken in items for pair in broken]
+
+
+def batches(dataset, keys_of_step, start: int, stop: int, workers: int = 0, pin: bool = False):
+    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]) for s in start .. stop - 1, read ahead by workers."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=_Steps(keys_of_step, start, stop), collate_fn=dataset.collate, num_workers=workers,
+        pin_memory=pin, prefetch_factor=4 if workers else None, generator=torch.Generator(),
+        worker_init_fn=_quiet_worker)
+    yield from loader
+
+
+class _Steps(torch.utils.data.Sampler):
+    def __init__(self, keys_of_step, start, stop):
+        self.keys_of_step, self.start, self.stop = keys_of_step, start, stop
+
+    def __iter__(self):
+        return (self.keys_of_step(step) for step in range(self.start, self.stop))
+
+    def __len__(self):
+        return self.stop - self.start
+
+
+def _quiet_worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the run, which then ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def to_float(images: torch.Tensor, device) -> torch.Tensor:
+    """uint8 (B, 3, S, S) -> float32 in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2 Pretrained networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TINY_IMAGE_ENCODER, TINY_TEXT_ENCODER = "notes/tiny/image_encoder", "notes/tiny/text_encoder"
+
+
+class ImageEncoder(nn.Module):
+    """A DINOv2 (with or without registers): x (B, 3, H, W) in [-1, 1] -> patch features f (B, h, w, d) in fp32.
+
+    H = W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16 px of the picture.
+    f is last_hidden_state, after the final LayerNorm; CLS and register tokens are dropped. Always in eval mode.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.network.embeddings.mask_token.requires_grad_(False)       # never used: it would have no gradient
+        self.dim, self.patch = network.config.hidden_size, network.config.patch_size
+        self.extra_tokens = 1 + getattr(network.config, "num_register_tokens", 0)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens, CLS first: (B, extra_tokens + h w, d)."""
+        size = x.shape[-1] // 16 * self.patch
+        x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
+        x = ((x + 1) / 2 - self.mean) / self.std
+        return self.network(pixel_values=x).last_hidden_state.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        side = x.shape[-1] // 16
+        f = self.tokens(x)[:, self.extra_tokens:]
+        assert f.shape[1] == side * side, f"{f.shape[1]} patch tokens for a grid of {side} x {side}"
+        return f.unflatten(1, (side, side))
+
+    @property
+    def description(self) -> dict:
+        """The architecture as plain types, enough for build_image_encoder."""
+        return json.loads(self.network.config.to_json_string(use_diff=False))
+
+
+def load_image_encoder(name: str) -> ImageEncoder:
+    """A DINOv2 by hub name or local folder, in fp32. Raises UserError where it cannot be had or is something else."""
+    from transformers import AutoModel
+    return ImageEncoder(_load_pretrained(AutoModel, name, ("dinov2", "dinov2_with_registers"), torch.float32))
+
+
+def build_image_encoder(description: dict) -> ImageEncoder:
+    """The same architecture without its weights, for a checkpoint that brings them."""
+    from transformers import AutoConfig, AutoModel
+    config = AutoConfig.for_model(description["model_type"])
+    config.update({key: value for key, value in description.items() if key not in ("model_type", "dtype")})
+    return ImageEncoder(AutoModel.from_config(config, dtype=torch.float32))
+
+
+class TextEncoder:
+    """A T5 encoder with its tokenizer. Call it with captions: (B, L, d) float32 and a mask (B, L), True at tokens.
+
+    L is the longest caption of the call, padded to a multiple of 16 when `pad` is given. "" is the single token </s>.
+    """
+
+    def __init__(self, network, tokenizer, max_tokens: int):
+        self.network, self.tokenizer, self.max_tokens = network.eval().requires_grad_(False), tokenizer, max_tokens
+        self.dim = network.config.d_model
+
+    def tokenize(self, captions: list[str], pad: int = 1):
+        return self.tokenizer(captions, return_tensors="pt", padding=True, truncation=True,
+                              max_length=self.max_tokens, pad_to_multiple_of=pad)
+
+    def is_cut(self, caption: str) -> bool:
+        return len(self.tokenizer(caption)["input_ids"]) > self.max_tokens
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], pad: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        device = next(self.network.parameters()).device
+        tokens = self.tokenize(captions, pad).to(device)
+        embeddings = self.network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return embeddings.last_hidden_state.float(), tokens["attention_mask"].bool()
+
+
+def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEncoder:
+    """A T5 by hub name or local folder: bf16 on CUDA (fp16 overflows in its feed-forward), fp32 on a CPU."""
+    from transformers import AutoTokenizer, T5EncoderModel
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    network = _load_pretrained(T5EncoderModel, name, ("t5", "mt5", "umt5"), dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_local(name), local_files_only=True)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {name} cannot be loaded ({_first_line(error)}). google/flan-t5-* bring "
+                        f"one that needs no further package; google/t5-v1_1-* need sentencepiece and protobuf.")
+    known = [i for i in tokenizer("a red circle")["input_ids"] if i != tokenizer.unk_token_id]
+    if len(tokenizer) < 200 or len(known) < 3:
+        raise UserError(f"the tokenizer of {name} has lost its vocabulary ({len(tokenizer)} tokens): "
+                        f"its folder needs tokenizer.json or spiece.model.")
+    return TextEncoder(network.to(device), tokenizer, max_tokens)
+
+
+def _local(name: str) -> str:
+    """A folder as typed, or relative to this clone (the shipped encoders); else the name itself, for the hub."""
+    for path in (Path(name).expanduser(), HERE / name):
+        if path.is_dir():
+            return str(path)
+    return name
+
+
+def _load_pretrained(kind, name: str, model_types: tuple[str, ...], dtype):
+    """from_pretrained that accepts nothing half-loaded: transformers fills what is missing at random, silently."""
+    import transformers
+    from transformers import AutoConfig
+    path = _local(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if path == name and not os.path.isdir(name) and looks_local:
+        raise UserError(f"no such folder: {name} (an encoder is a folder saved by save_pretrained, or a hub name "
+                        f"such as facebook/dinov2-large).")
+    try:
+        config, online = AutoConfig.from_pretrained(path, local_files_only=True), False
+    except Exception:
+        if os.path.isdir(path) or not _online():
+            why = "has no readable config.json" if os.path.isdir(path) else "is not cached and no network answers"
+            raise UserError(f"{name} {why}. Give a folder saved by save_pretrained, or run once where the hub can "
+                            f"be reached.")
+        print(f"downloading {name}", flush=True)
+        config, online = _or_user_error(name, AutoConfig.from_pretrained, path), True
+    if config.model_type not in model_types:
+        raise UserError(f"{name} is a {config.model_type!r} model; needed: {' or '.join(model_types)}.")
+    transformers.utils.logging.disable_progress_bar()
+    network, info = _or_user_error(name, kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
+                                   local_files_only=not online)
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    wrong = [key for key in wrong if "position_ids" not in key]
+    if wrong:
+        raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or unexpected, the "
+                        f"first {wrong[0]}.")
+    if online:                                         # the tokenizer as well, so that later loads need no network
+        with contextlib.suppress(Exception):
+            from transformers import AutoTokenizer
+            AutoTokenizer.from_pretrained(path)
+    return network
+
+
+def _or_user_error(name, load, *args, **kwargs):
+    try:
+        return load(*args, **kwargs)
+    except Exception as error:                         # OSError, ValueError, SafetensorError, KeyError, ...
+        raise UserError(f"{name} cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _online(timeout: float = 3.0) -> bool:
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout).close()
+        return True
+    except OSError:
+        return False
+
+
+def load_lpips(device) -> nn.Module:
+    """LPIPS with VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) pairs in [-1, 1] -> (B, 1, 1, 1).
+
+    Raises UserError naming --lpips-weight 0 where the package, torchvision or VGG's weights (553 MB) cannot be had.
+    """
+    try:
+        import lpips
+        lpips.normalize_tensor = _unit_normalize
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            network = lpips.LPIPS(net="vgg", verbose=False)
+    except Exception as error:                         # ImportError, URLError, torchvision's RuntimeError
+        raise UserError(f"the perceptual loss needs lpips, torchvision and VGG16's weights ({_first_line(error)}). "
+                        f"Go without it: --lpips-weight 0.")
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
+    """lpips' own form has sqrt(0) where a feature vector is all zero (flat regions): its gradient there is NaN."""
+    return features * torch.rsqrt(features.square().sum(1, keepdim=True) + eps ** 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 The randomness of a step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def generator(seed: int, stage: str, step: int, what: str, device="cpu") -> torch.Generator:
+    """The generator for one purpose in one step. It depends on nothing else, so a resumed run needs no RNG state."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}/{what}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, stage: str, count: int, epoch: int) -> np.ndarray:
+    return torch.randperm(count, generator=generator(seed, stage, epoch, "order")).numpy()
+
+
+def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarray:
+    """Indices (batch,) of the global batch of a step: one permutation of `count` after another, without a gap."""
+    positions = np.arange(step * batch, (step + 1) * batch)
+    return np.array([_permutation(seed, stage, count, int(p) // count)[p % count] for p in positions])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Yields a temporary path beside `path`, and moves it there when the block ends well: never half a file."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, UserError):
+            raise UserError(f"{path} could not be written ({_first_line(error)}); what stood there before is whole. "
+                            f"Make room or choose another --out, and run the same command again.")
+        raise
+
+
+def save(path: Path, stage: str, cfg, **parts):
+    """Writes a checkpoint: one dict of plain types and tensors, see load."""
+    checkpoint = {"format": FORMAT, "stage": stage, "config": plain(cfg), "versions": versions(), **parts}
+    with atomic(path) as partial:
+        torch.save(checkpoint, partial)
+
+
+def load(path: Path, stage: str, before: str = "") -> dict:
+    """Reads a checkpoint of a stage onto the CPU; nothing in it is executed (weights_only).
+
+    Keys: format, stage, config, versions, model, step, seed, and what the stage adds (ema, optimizer, fingerprint, ...).
+    `before` is the command that makes it. Raises UserError: missing, damaged, another stage's, another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there{f'; first run: {before}' if before else ''}.")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+            raise ValueError("not a checkpoint of this project")
+    except Exception as error:                         # UnpicklingError, RuntimeError, EOFError, ... all say the same
+        raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)[:160]}). Restore it, or start over "
+                        f"with --fresh.")
+    if checkpoint["format"] != FORMAT:
+        raise UserError(f"{path} has format {checkpoint['format']}; this code reads format {FORMAT}.")
+    if checkpoint.get("stage") != stage:
+        raise UserError(f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; needed: {stage!r}.")
+    missing = {"config", "model", "step", "versions"} - checkpoint.keys()
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
+    return checkpoint
+
+
+def load_weights(module: nn.Module, state: dict, path: Path):
+    """Loads weights, all of them, of the right shapes and finite; half precision comes back as the module's own."""
+    own = module.state_dict()
+    for what, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+        if keys:
+            raise UserError(f"{path} {what} weights: {len(keys)}, the first {min(keys)}. It was made with other "
+                            f"code or another transformers (here {versions()['transformers']}).")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise UserError(f"{path}: {key} is {tuple(value.shape)}, the model needs {tuple(own[key].shape)}.")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{path}: {key} holds NaN or infinite values.")
+    module.load_state_dict(state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its optimizer does not fit ({_first_line(error)}).")
+
+
+def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
+    """sha256 over names, types, shapes and bytes of all weights, and a description: which model made these latents?"""
+    digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True).encode())
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata as metadata
+    return {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+
+
+def plain(cfg) -> dict:
+    return {f.name: list(v) if isinstance(v := getattr(cfg, f.name), tuple) else v for f in fields(cfg)}
+
+
+def digest_of(value) -> str:
+    """sha256 of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def stamp(name: str) -> str:
+    """Which model a name stands for: itself, or for a folder the sizes and times of its files."""
+    folder = Path(_local(name))
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return digest_of([name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+
+
+def remove_folder(path: Path):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def free_space(path: Path, needed: int, what: str):
+    """Says how large a file will be, and raises UserError before the first byte where it does not fit."""
+    path.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path).free
+    print(f"{what}: {human(needed)} in {path} ({human(free)} free)", flush=True)
+    if needed > free:
+        raise UserError(f"{what} need {human(needed)}, {path} has {human(free)} free.")
+
+
+def human(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "KB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5 A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and saved."""
+
+
+class Run:
+    """What a training run is besides mathematics: device, precision, ranks, the lock on --out, signals, the log.
+
+    Under torchrun each rank takes its slice of every global batch; what is drawn at random is drawn for the whole
+    batch and then sliced, so that neither the data nor the noise depends on the number of processes.
+    """
+
+    def __init__(self, cfg, stage: str, terms: tuple[str, ...] = ()):
+        self.cfg, self.stage, self.terms, self.out = cfg, stage, terms, Path(cfg.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.world > 1 and not torch.distributed.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        if cfg.batch % (self.world * cfg.micro_batches):
+            raise UserError(f"--batch {cfg.batch} does not divide by {self.world} processes x --micro-batches "
+                            f"{cfg.micro_batches}.")
+        torch.set_float32_matmul_precision("high")     # TF32 where the card has it
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+        self.pending, self.names, self.broken, self.stop = [], (), {}, 0
+        self.lock = self._take_lock() if self.main else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):      # not in the main thread: a caller's business
+                signal.signal(number, self._signal)
+
+    # -- ranks
+
+    def mine(self, rows):
+        """This rank's slice of a global batch (tensor, array or list)."""
+        size = len(rows) // self.world
+        return rows[self.rank * size:(self.rank + 1) * size]
+
+    def randn(self, step: int, what: str, *shape: int) -> torch.Tensor:
+        """N(0, 1) for this rank's rows, drawn for the global batch."""
+        g = generator(self.cfg.seed, self.stage, step, what, self.device)
+        return self.mine(torch.randn(self.cfg.batch, *shape, generator=g, device=self.device))
+
+    def randint(self, step: int, what: str, low: int, high: int) -> torch.Tensor:
+        """Integers in low .. high - 1 for this rank's rows, drawn for the global batch."""
+        g = generator(self.cfg.seed, self.stage, step, what, self.device)
+        return self.mine(torch.randint(low, high, (self.cfg.batch,), generator=g, device=self.device))
+
+    def to_device(self, tensors):
+        return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
+
+    def average(self, tensors):
+        """Averages tensors over the ranks, in place: gradients (each rank's loss is a mean over equal slices)."""
+        if self.world > 1:
+            tensors = [t for t in tensors if t is not None]
+            flat = torch.cat([t.reshape(-1) for t in tensors]) / self.world
+            torch.distributed.all_reduce(flat)
+            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+                tensor.copy_(part.view_as(tensor))
+
+    def barrier(self):
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    # -- the training data of a step
+
+    def pictures(self, folder: Folder, size: int, start: int, augment: bool):
+        """Yields (step, x) with x float (B / ranks, 3, size, size) in [-1, 1], from step `start` on."""
+        cfg, self.folder = self.cfg, folder
+
+        def keys(step):
+            rows = order(cfg.seed, self.stage, len(folder.images), cfg.batch, step)
+            seed = int(generator(cfg.seed, self.stage, step, "augment").initial_seed()) if augment else None
+            return self.mine([(int(row), None if seed is None else seed + i) for i, row in enumerate(rows)])
+
+        stream = batches(Pictures(folder, size), keys, start, cfg.steps, cfg.workers, self.device.type == "cuda")
+        for step, (images, broken) in enumerate(stream, start):
+            self.count_broken(broken)
+            yield step, to_float(images, self.device)
+
+    def held_out(self, folder: Folder, size: int, most: int = 64) -> torch.Tensor:
+        """The first held-out pictures on the device, (N, 3, size, size) in [-1, 1]."""
+        pictures = Pictures(folder, size)
+        images, _ = pictures.collate([pictures[(i, None)] for i in range(min(most, len(pictures)))])
+        return to_float(images, self.device)
+
+    def count_broken(self, broken: list[tuple[int, str]]):
+        for index, reason in broken:
+            if index not in self.broken:
+                self.broken[index] = f"{self.folder.images[index]!r}: {reason}"
+                self.say(f"cannot read {self.broken[index]}; the next picture takes its place")
+        if broken:
+            tolerate(list(self.broken.values()), len(self.folder.images), self.cfg.max_broken, "pictures")
+
+    # -- what is logged
+
+    def open_log(self, start: int, pending: torch.Tensor | None = None, held_out: tuple[str, ...] = ()):
+        """Opens out/<stage>.csv, cut back to step `start`, and the progress bar."""
+        self.columns = ("step", "learning_rate", *self.terms, *(f"held_out_{name}" for name in held_out))
+        self.pending = list(pending) if pending is not None else []
+        self.start = self.last_log = start
+        self.clock = time.monotonic()
+        if not self.main:
+            return
+        path, kept = self.out / f"{self.stage}.csv", []
+        if path.exists() and start:
+            with open(path, newline="") as lines:
+                kept = [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
+                        and int(row["step"]) <= start and None not in row.values()]
+        with atomic(path) as partial, open(partial, "w", newline="") as lines:
+            writer = csv.DictWriter(lines, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        self.csv = open(path, "a", newline="")
+        self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.stage, dynamic_ncols=True, smoothing=0.05,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)         # a log file wants fewer lines
+
+    def record(self, losses: dict[str, torch.Tensor]):
+        """Keeps the terms of a step on the device: nothing waits for them until they are examined."""
+        assert tuple(losses) == self.terms, f"{tuple(losses)} logged, {self.terms} expected"
+        self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
+
+    def examine(self, step: int, learning_rate: float) -> torch.Tensor:
+        """Fetches the terms since the last log, averaged over ranks; a value that is not finite ends the run."""
+        values = torch.stack(self.pending) if self.pending else torch.zeros(0, len(self.terms), device=self.device)
+        self.average([values])
+        values = values.cpu()
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            at = step - len(values) + row + 1
+            last = self.out / f"{self.stage}.pt"
+            raise UserError(f"{self.terms[column]} is {values[row, column].item()} at step {at}, learning rate "
+                            f"{learning_rate:.3g}. The last good checkpoint is "
+                            f"{f'{last}; run again with --fresh and a lower learning rate' if last.exists() else 'none'}.")
+        return values
+
+    def log(self, step: int, learning_rate: float, held_out: dict[str, float] | None = None):
+        """Writes the mean of the terms since the last log as one row of the CSV and one line of progress."""
+        values = self.examine(step, learning_rate).double().mean(0).tolist()
+        self.pending = []
+        if not self.main:
+            return
+        row = {"step": step, "learning_rate": f"{learning_rate:.6g}"}
+        row |= {name: f"{value:.6g}" for name, value in zip(self.terms, values)}
+        row |= {f"held_out_{name}": f"{value:.6g}" for name, value in (held_out or {}).items()}
+        csv.DictWriter(self.csv, self.columns, restval="", lineterminator="\n").writerow(row)
+        self.csv.flush()
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values)))
+
+    def save(self, step: int, learning_rate: float, **parts):
+        """Writes out/<stage>.pt after examining every loss so far; only rank 0 writes."""
+        pending = self.examine(step, learning_rate)
+        if self.main:
+            os.fsync(self.csv.fileno())
+            save(self.out / f"{self.stage}.pt", self.stage, self.cfg, step=step, seed=self.cfg.seed,
+                 pending=pending, **parts)
+
+    def say(self, text: str):
+        if self.main:
+            tqdm.write(text)
+
+    # -- how it ends
+
+    def stopping(self, step: int) -> bool:
+        """True at the step boundary after a signal. Ranks agree on it at every tenth step, so that none waits alone."""
+        if self.world == 1:
+            return bool(self.stop)
+        if step % 10:
+            return False
+        flag = torch.tensor([float(self.stop)], device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        self.stop = int(flag.item())
+        return bool(self.stop)
+
+    def _signal(self, number, _):
+        if self.stop:                                  # a second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt
+        self.stop = number
+        print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
+
+    def _take_lock(self):
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = open(self.out / f".{self.stage}.lock", "a+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) and "lock" in locals():
+                lock.seek(0)
+                raise UserError(f"{self.out} is in use by another {self.stage}.py (process {lock.read().strip()}). "
+                                f"Wait for it, or choose another --out.")
+            raise UserError(f"--out {self.out} cannot be written: {error.strerror}.")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock
+
+    def close(self):
+        if self.main and hasattr(self, "csv"):
+            self.bar.close()
+            self.csv.close()
+        if self.lock:
+            self.lock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; --device cpu works everywhere.")
+    if name == "cuda":
+        torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine down to a hundredth of the peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6 The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = {"steps", "workers", "save_every", "log_every", "eval_every", "micro_batches", "device", "compile",
+              "checkpointing", "max_broken", "out", "fresh"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}. `python {self.prog} --help` lists every flag.")
+
+
+def read_flags(Config, argv: list[str] | None, description: str) -> dict:
+    """Only what was typed, as {field: value}. Each field of the dataclass is a flag; its comment is its help."""
+    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        flag, kind = "--" + f.name.replace("_", "-"), f.type if isinstance(f.type, str) else f.type
+        text = f"{help_of.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif kind == tuple[int, ...]:
+            parser.add_argument(flag, type=lambda s: tuple(int(part) for part in s.split(",")), metavar="N,N,…", help=text)
+        elif kind == tuple[str, ...]:
+            parser.add_argument(flag, action="extend", nargs="+", help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    typed = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+
+
+def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | None = None, saved: dict | None = None):
+    """The Config of a run: typed over inherited over the preset over the defaults; or, on resume, the saved one.
+
+    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE.
+    """
+    if saved is not None:
+        saved = {f.name: tuple(saved[f.name]) if isinstance(saved[f.name], list) else saved[f.name]
+                 for f in fields(Config) if f.name in saved}
+        for name, value in typed.items():
+            if name not in MAY_CHANGE and name in saved and saved[name] != value:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {value} contradicts the checkpoint, which has {flag} {saved[name]}. Leave the "
+                                f"flag out to go on with it, or start over with --fresh.")
+        return Config(**saved | typed | {"fresh": False})
+    values = (inherited or {}) | typed
+    preset = values.get("preset") or ("full" if values.get("data") else "tiny")
+    if preset not in presets:
+        raise UserError(f"--preset {preset}: allowed are {', '.join(presets)}.")
+    return Config(**presets[preset] | values | {"preset": preset})
+
+
+def check(cfg, **ranges: tuple[float, float]):
+    """Raises UserError for a value outside its (lowest, highest)."""
+    for name, (low, high) in ranges.items():
+        value = getattr(cfg, name)
+        if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):
+            top = f" to {high:g}" if high < math.inf else " or more"
+            raise UserError(f"--{name.replace('_', '-')} {value}: allowed is {low:g}{top}.")
+
+
+def check_choice(cfg, **choices: tuple[str, ...]):
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: allowed are {', '.join(allowed)}.")
+
+
+def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path) -> dict:
+    """What a stage takes over from the one before it, unless typed; said in one line."""
+    taken = {name: parent["config"][name] for name in names if name not in typed} if parent else {}
+    if taken:
+        shown = ", ".join(f"{name} {value if value != '' else 'built-in world'}" for name, value in taken.items())
+        print(f"from {path}: {shown}", flush=True)
+    return taken
+
+
+def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
+    """Says where a run goes on, or that there is nothing left to do."""
+    step, before = checkpoint["step"], checkpoint["config"]["steps"]
+    if step >= cfg.steps:
+        print(f"{path} is finished: {step:,} steps. A larger --steps goes on, --fresh starts over.", flush=True)
+        return True
+    decay = f"; --steps was {before:,}, the decay of the learning rate follows" if before != cfg.steps else ""
+    print(f"{path}: going on from step {step:,} of {cfg.steps:,}{decay}", flush=True)
+    return False
+
+
+def set_aside(out: Path, *names: str):
+    """--fresh: moves the old run's files into out/old-<n>/ instead of deleting them."""
+    present = [out / name for name in names if (out / name).exists()]
+    if present:
+        aside = next(path for n in range(1, 10_000) if not (path := out / f"old-{n}").exists())
+        aside.mkdir()
+        for path in present:
+            path.rename(aside / path.name)
+        print(f"--fresh: the old run is in {aside}", flush=True)
+
+
+def program(main):
+    """Wraps main(argv) into a program: exit code 0, 2 with one line for a UserError, 130 or 143 after a signal."""
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            main(argv)
+            return 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except Stopped as stopped:
+            return 128 + stopped.args[0]
+        except KeyboardInterrupt:
+            return 130
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"error: the GPU's memory is full ({_first_line(error)}). More --micro-batches, --checkpointing "
+                  f"or a smaller --batch make it fit.", file=sys.stderr)
+            return 2
+        finally:
+            with contextlib.suppress(ValueError, TypeError):
+                for number, handler in handlers:
+                    signal.signal(number, handler)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7 Pictures for people
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """Images (..., 3, H, W) in [-1, 1] -> uint8 (..., H, W, 3)."""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
+    """Feature maps (B, h, w, c) as colours: their first three principal components, fitted on the first of them."""
+    first = maps[0].detach().double().cpu().flatten(0, 2)
+    mean = first.mean(0)
+    _, _, axes = torch.linalg.svd(first - mean, full_matrices=False)
+    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign().where(axes[:3].sum(1, keepdim=True) != 0, torch.ones(()))
+    low, high = torch.quantile((first - mean) @ axes.T, torch.tensor([0.02, 0.98], dtype=torch.double), dim=0)
+    out = []
+    for one in maps:
+        colours = ((one.detach().double().cpu() - mean) @ axes.T - low) / (high - low + 1e-9)
+        pixels = (colours.clamp(0, 1) * 255).round().byte().repeat_interleave(max(1, size // one.shape[1]), 1)
+        out.append(pixels.repeat_interleave(max(1, size // one.shape[2]), 2).numpy())
+    return out
+
+
+def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None, heads: list[str] | None = None,
+         gap: int = 4, least: int = 96) -> Image.Image:
+    """Rows of uint8 pictures on white, each with a caption under it; small ones are enlarged to `least` pixels."""
+    font = ImageFont.load_default(11)
+    scale = max(1, -(-least // rows[0][0].shape[0]))
+    width = max(picture.shape[1] for row in rows for picture in row) * scale
+    height = max(picture.shape[0] for row in rows for picture in row) * scale
+    lines = [[_wrap(text, font, width) for text in row] for row in captions] if captions else [[[]]] * len(rows)
+    tails = [13 * max((len(cell) for cell in row), default=0) + (3 if captions else 0) for row in lines]
+    head = 16 if heads else 0
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, sum(height + gap + t for t in tails) + gap + head), "white")
+    pen, y = ImageDraw.Draw(sheet), gap + head
+    for i, text in enumerate(heads or []):
+        pen.text((gap + i * (width + gap), 2), text, "black", font)
+    for row, cells, tail in zip(rows, lines, tails):
+        for i, picture in enumerate(row):
+            x = gap + i * (width + gap)
+            image = Image.fromarray(picture)
+            sheet.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), (x, y))
+            for j, line in enumerate(cells[i] if i < len(cells) else []):
+                pen.text((x, y + height + 2 + 13 * j), line, "black", font)
+        y += height + gap + tail
+    return sheet
+
+
+def _wrap(text: str, font, width: int, most: int = 4) -> list[str]:
+    lines = [""]
+    for word in " ".join(text.split())[:400].split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines[:most - 1] + [lines[most - 1] + " …"] if len(lines) > most else lines
+
+
+def save_png(image: Image.Image, path: Path, settings: dict | None = None):
+    """Writes a PNG in one move, with settings as text chunks (Image.open(path).text reads them)."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in (settings or {}).items():
+        info.add_itxt(name, str(value))
+    with atomic(path) as partial:
+        image.save(partial, "PNG", pnginfo=info)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = ""                  # folder of images; empty: the built-in world
+    out: str = "out"                # where the contact sheet goes
+    count: int = 50_000             # pictures of the built-in world, if it has to be drawn
+    image_size: int = 256           # size for which the reading speed is measured
+
+    def __post_init__(self):
+        check(self, count=(1, 1e8), image_size=(16, 4096))
+
+
+@program
+def main(argv: list[str] | None = None):
+    cfg = Config(**read_flags(Config, argv, __doc__))
+    begin = time.monotonic()
+    train, held_out = read_folder(cfg.data, max_broken=1.0, out=cfg.out, count=cfg.count)
+    print(f"{train.root}: layout {train.layout}, read in {time.monotonic() - begin:.1f} s")
+    for name, part in (("training", train), ("held out", held_out)):
+        edits = sum(row[2] >= 0 for row in part.rows)
+        print(f"  {name:9s} {len(part.images):8,} pictures, {len(part.rows) - edits:8,} captions, {edits:8,} edits")
+    texts = [row[1] for row in train.rows]
+    print(f"  captions: {len(set(texts)):,} distinct, {sum(map(len, texts)) / max(1, len(texts)):.0f} characters on average, "
+          f"the longest {max(map(len, texts), default=0):,}")
+    pictures, broken = Pictures(train, cfg.image_size), list(train.skipped + held_out.skipped)
+    begin, sizes = time.monotonic(), []
+    for index in range(len(train.images)):
+        try:
+            pictures.read(index)
+            with Image.open(train.path(index)) as image:
+                sizes.append(image.size)
+        except Exception as error:
+            broken.append(f"{train.images[index]!r}: {_first_line(error)}")
+        if time.monotonic() - begin > 30:
+            print(f"  (the first {index + 1:,} pictures were opened; the rest was left after 30 s)")
+            break
+    if sizes:
+        print(f"  sizes: {min(sizes)} to {max(sizes)}; {len(sizes) / (time.monotonic() - begin):.0f} pictures a second "
+              f"and process at {cfg.image_size} px")
+    print(f"  broken or skipped: {len(broken)}" + "".join(f"\n    {line}" for line in broken[:20]))
+    chosen = [train.rows[i] for i in order(0, "sheet", len(train.rows), min(24, len(train.rows)), 0)]
+    cells = [(np.asarray(Image.fromarray(pictures[(image, None)][0].permute(1, 2, 0).numpy()).resize((128, 128))), text)
+             for image, text, _ in chosen]
+    rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
+    save_png(grid([[c[0] for c in row] for row in rows], [[c[1] for c in row] for row in rows]), Path(cfg.out) / "data.png")
+    print(f"  contact sheet: {Path(cfg.out) / 'data.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

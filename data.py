@@ -956,7 +956,7 @@ def read_flags(Config, argv: list[str] | None, description: str) -> dict:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), f.type if isinstance(f.type, str) else f.type
+        flag, kind = "-" * (1 + (len(f.name) > 1)) + f.name.replace("_", "-"), f.type
         text = f"{help_of.get(f.name, '')} [{f.default}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)

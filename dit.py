@@ -264,7 +264,7 @@ class DiT(nn.Module):
                 h = block(h, modulation, k, v, mask)
         gamma, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
         h = adaln(h[:, :self.grid ** 2], 1 + gamma, beta)                   # the source tokens have done their part
-        return self.head(h).float().unflatten(1, (self.grid, self.grid))    # (B, h, w, z_dim)
+        return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))    # (B, h, w, z_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

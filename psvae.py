@@ -105,7 +105,7 @@ INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")       
 
 
 class Projector(nn.Module):
-    """Eq. 5: mu, log sigma^2 = Proj(f). f (..., d) -> mu, log_var (..., z_dim), each in fp32.
+    """Eq. 5: mu, log sigma^2 = Proj(f). f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32).
 
         f (d) -> Linear 512 -> LayerNorm -> GELU -> Linear 256 -> LayerNorm -> GELU -+-> Linear z_dim: mu
                                                                                       '-> Linear z_dim: log_var
@@ -123,7 +123,7 @@ class Projector(nn.Module):
         # Eq. 5: mu, log_var = Proj(f)
         mu, log_var = self.mu(h), self.log_var(h)                           # (..., z_dim)
         # exp(20) and exp(-30) are far outside what training reaches; past them fp32 would overflow in Eq. 11
-        return mu.float(), log_var.float().clamp(-30, 20)
+        return mu.to(f.dtype), log_var.to(f.dtype).clamp(-30, 20)
 
 
 class ResidualBlock(nn.Module):
@@ -219,8 +219,8 @@ class PSVAE(nn.Module):
         return self.projector(f)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z (B, h, w, z_dim) -> x_hat (B, 3, H, W), in fp32."""
-        return self.pixel_decoder(z).float()
+        """z (B, h, w, z_dim) -> x_hat (B, 3, H, W), in the type of z (fp32)."""
+        return self.pixel_decoder(z).to(z.dtype)
 
     def forward(self, x: torch.Tensor, eps: torch.Tensor):
         """x (B, 3, H, W), eps (B, h, w, z_dim) -> x_hat (B, 3, H, W), f_hat (B, h, w, d), mu, log_var."""
@@ -250,7 +250,7 @@ def load_psvae(path: Path, device="cpu") -> tuple[PSVAE, dict]:
 def semantic_loss(f_hat: torch.Tensor, f_target: torch.Tensor) -> torch.Tensor:
     """Eq. 16: against the frozen encoder (Eq. 13), not the one in training, which could make it zero by meaning nothing."""
     # Eq. 16: L_semantic = MSE( D_sem(z), E_frozen(x) )
-    return F.mse_loss(f_hat.float(), f_target)
+    return F.mse_loss(f_hat.to(f_target.dtype), f_target)
 
 
 def l1(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ PRESETS = {
 
 
 class Projector(nn.Module):
-    """Eq. 5: mu, log sigma^2 = Proj(f). f (..., d) -> mu, log_var (..., z_dim), each in fp32.
+    """Eq. 5: mu, log sigma^2 = Proj(f). f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32).
 
         f (d) -> Linear 512 -> LayerNorm -> GELU -> Linear 256 -> LayerNorm -> GELU -+-> Linear z_dim: mu
                                                                                       '-> Linear z_dim: log_var
@@ -98,7 +98,7 @@ class Projector(nn.Module):
         # Eq. 5: mu, log_var = Proj(f)
         mu, log_var = self.mu(h), self.log_var(h)                           # (..., z_dim)
         # exp(20) and exp(-30) are far outside what training reaches; past them fp32 would overflow in Eq. 11
-        return mu.float(), log_var.float().clamp(-30, 20)
+        return mu.to(f.dtype), log_var.to(f.dtype).clamp(-30, 20)
 
 
 class ResidualBlock(nn.Module):
@@ -170,7 +170,7 @@ def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
 def semantic_loss(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     """Eq. 9: the mean over positions and channels of the squared error of the features."""
     # Eq. 9: L_semantic = 1/(hwd) sum_ijk ( f_hat_ijk - f_ijk )^2
-    return F.mse_loss(f_hat.float(), f)
+    return F.mse_loss(f_hat.to(f.dtype), f)
 
 
 def svae_loss(f_hat, f, mu, log_var, beta: float) -> dict[str, torch.Tensor]:

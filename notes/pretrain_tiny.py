@@ -5,7 +5,7 @@ built-in world: a discriminative image encoder (DINOv2's, patch 14, 56 px) and a
 that a picture and its caption meet, and so do an instruction and the pair (source, target) that it turns one into the
 other. The image encoder is never asked to keep pixels: the guide's Problem 2 is to be had here as well.
 
-    python notes/pretrain_tiny.py [--steps 1200]      about @TIME@ on 2 cores; writes notes/tiny/{image,text}_encoder
+    python notes/pretrain_tiny.py [--steps 1500]      about @TIME@ on 2 cores; writes notes/tiny/{image,text}_encoder
 
 Both are saved in transformers' own format, in half precision, and loaded by the same code as the big ones.
 """
@@ -61,7 +61,7 @@ class Pair(nn.Module):
         self.image = nn.Linear(2 * image_encoder.dim, D_SHARED)
         self.change = nn.Sequential(nn.Linear(2 * D_SHARED, D_SHARED), nn.GELU(), nn.Linear(D_SHARED, D_SHARED))
         self.text, self.instruction = nn.Linear(D_TEXT, D_SHARED), nn.Linear(D_TEXT, D_SHARED)
-        self.log_tau = nn.Parameter(torch.tensor(0.1).log())
+        self.log_tau = nn.Parameter(torch.tensor(0.07).log())
 
     def picture(self, x):
         """CLS and the mean of the patches, so that both carry meaning: (B, 3, 64, 64) -> (B, D_SHARED)."""
@@ -95,10 +95,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=96, help="captions a step; a third as many edits besides")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=128, help="captions a step; a third as many edits besides")
     parser.add_argument("--count", type=int, default=50_000, help="pictures of the world, if it has to be drawn")
-    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
@@ -107,7 +107,7 @@ def main():
     captions, edits = ([row for row in folder.rows if (row[2] >= 0) == edit] for edit in (False, True))
     tokenizer = build_tokenizer([row[1] for row in folder.rows[:30_000]], size=1024)
     torch.manual_seed(0)
-    image_network = Dinov2Model(Dinov2Config(hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=3,
+    image_network = Dinov2Model(Dinov2Config(hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=4,
                                              image_size=56, patch_size=14))
     text_network = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=D_TEXT, d_ff=256, d_kv=32, num_heads=4,
                                            num_layers=3, feed_forward_proj="gated-gelu", dropout_rate=0.0,
@@ -115,12 +115,14 @@ def main():
     encoder = data.TextEncoder(text_network, tokenizer, MAX_TOKENS)
     pair = Pair(data.ImageEncoder(image_network), text_network)
     text_network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(pair.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    weights = [p for p in pair.parameters() if p is not pair.log_tau and p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": weights, "scale": 1}, {"params": [pair.log_tau], "scale": 10}],
+                                  betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     pictures, held_pictures = data.Pictures(folder, 64), data.Pictures(held_out, 64)
     begin = time.monotonic()
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = data.learning_rate(step, args.steps, 50, 1e-3)
+            group["lr"] = group["scale"] * data.learning_rate(step, args.steps, 100, 1.5e-3)
         rows = [captions[i] for i in data.order(0, "pretrain", len(captions), args.batch, step)]
         changes = [edits[i] for i in data.order(0, "pretrain edits", len(edits), args.batch // 3, step)]
         wanted = [row[0] for row in rows] + [row[2] for row in changes] + [row[0] for row in changes]

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -54,9 +55,9 @@ class UserError(Exception):
     """Wrong input, told to a person in one line: what, the value, what is allowed, the next command."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1 Folders of images and captions
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT = 50                  # without a val/ folder, one picture in so many is held out, by a hash of its name
@@ -91,10 +92,10 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: in
     """
     if not name:
         top = Path(out) / "world"
-        if not (top / "world.json").exists():
-            from notes import world                   # the one thing the stages call in notes/
-            print(f"no --data: drawing the built-in world of {count:,} pictures into {top}", flush=True)
-            world.write(top, count=count)
+        if os.environ.get("RANK", "0") == "0" and not (top / "world.json").exists():
+            _draw_world(top, count)
+        if torch.distributed.is_initialized():         # the other ranks wait for the one that draws
+            torch.distributed.barrier()
     else:
         top = Path(name).expanduser()
     if not top.exists():
@@ -102,7 +103,7 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: in
                         f"built-in world.")
     if not top.is_dir():
         raise UserError(f"--data {name} is a file; a folder of images is needed "
-                        f"(notes/convert.py unpacks archives and tables).")
+                        f"(`python data.py --help` says which).")
     inner = [top / "train", top / "ILSVRC/Data/CLS-LOC/train"]
     root = next((path for path in inner if path.is_dir()), top)
     train = _read_layout(root, top)
@@ -111,10 +112,24 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: in
     else:
         train, held_out = _hold_out(train)
     for folder in (train, held_out):
-        tolerate(folder.skipped, len(folder.skipped) + len(folder.rows), max_broken, f"rows of {folder.root}")
-    if not train.images:
+        total = len(folder.skipped) + len(folder.rows)
+        tolerate(folder.skipped, total, max_broken, f"rows of {folder.root}")
+        if folder.skipped:
+            print(f"{len(folder.skipped)} of {total} rows of {folder.root} are left out (`python data.py --data …` "
+                  f"lists them all): {'; '.join(folder.skipped[:3])}", flush=True)
+    if not train.rows:
         raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
     return train, held_out if held_out.images else train
+
+
+def _draw_world(top: Path, count: int):
+    from notes import world                            # the one thing the stages call in notes/
+    print(f"no --data: drawing the built-in world of {count:,} pictures into {top}", flush=True)
+    try:
+        world.write(top, count=count)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the built-in world could not be drawn into {top} ({_first_line(error)}). Make room, move "
+                        f"away what is there, or choose another --out.")
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str):
@@ -141,7 +156,7 @@ def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
             elif link and entry.is_dir():
                 refused.append(f"{name!r}: a link to a folder")        # it could be a loop
             elif suffix in SUFFIXES:
-                images.add(name)
+                images.add(name) if link or entry.is_file() else refused.append(f"{name!r}: neither file nor folder")
             elif suffix == ".txt":
                 texts.add(name)
     return images, texts, refused
@@ -150,8 +165,10 @@ def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
 def _read_layout(root: Path, top: Path) -> Folder:
     images, texts, refused = _listing(root)
     for table in ("metadata.jsonl", "metadata.csv"):
-        if (root / table).is_file():
+        if (root / table).is_file() and os.path.realpath(root / table) == os.path.join(os.path.realpath(root), table):
             return _read_metadata(root / table, images)
+        if (root / table).is_file():
+            refused.append(f"{table}: a link that leaves the folder, or renames")
     names = sorted(images)
     if any("/" in name for name in names):                             # class folders
         titles = _class_titles(top)
@@ -193,16 +210,20 @@ def _read_metadata(table: Path, present: set[str]) -> Folder:
             folder.images.append(clean)
         return index[clean]
 
-    with open(table, encoding="utf-8", errors="replace", newline="") as lines:
-        csv.field_size_limit(1 << 24)
-        for number, line in enumerate(csv.DictReader(lines) if table.suffix == ".csv" else lines, 1):
+    with open(table, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.DictReader(lines, strict=True) if table.suffix == ".csv" else filter(str.strip, lines)
+        for number in itertools.count(1):
             try:
+                line = next(rows)
                 row = line if table.suffix == ".csv" else json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise ValueError("no text")
                 source = image(row["source"]) if row.get("source") else -1
-                folder.rows.append((image(row.get("file_name")), row["text"].strip(), source))
-            except (ValueError, RecursionError) as error:              # JSONDecodeError is a ValueError
+                folder.rows.append((image(row.get("file_name")), _unicode(row["text"].strip()), source))
+            except StopIteration:
+                break
+            except (ValueError, RecursionError, csv.Error) as error:   # JSONDecodeError is a ValueError
                 folder.skipped.append(f"{table.name} row {number}: {error}")
     return folder
 
@@ -224,7 +245,12 @@ def _hold_out(folder: Folder) -> tuple[Folder, Folder]:
 
 
 def _words(name: str) -> str:
-    return " ".join(re.split(r"[\s_\-]+", name)).strip()
+    return _unicode(" ".join(re.split(r"[\s_\-]+", name)).strip())
+
+
+def _unicode(text: str) -> str:
+    """Half characters (a file name that is no UTF-8, "\\ud800" in JSON) become "?": no file could hold them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @functools.cache
@@ -260,8 +286,8 @@ def open_image(path: str, draft: int = 0) -> Image.Image:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                                 # .convert would clip 16 bit at 255
             values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((values // (256 if values.max(initial=0) > 255 else 1)).clip(0, 255)
-                                    .astype(np.uint8))
+            deep = image.mode != "I" or values.max(initial=0) > 255     # "I" says nothing about the range
+            image = Image.fromarray((values // (256 if deep else 1)).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -283,6 +309,17 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = np.array(image)
     return pixels[:, ::-1].copy() if rng is not None and rng.random() < 0.5 else pixels
+
+
+def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
+    """Several folders as one: their images and rows one after another, paths relative to what they have in common."""
+    whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
+    for folder in folders:
+        offset = len(whole.images)
+        whole.rows += [(offset + image, text, offset + source if source >= 0 else -1)
+                       for image, text, source in folder.rows]
+        whole.images += [os.path.relpath(folder.path(i), whole.root) for i in range(len(folder.images))]
+    return whole
 
 
 def user_image(name: str, size: int) -> np.ndarray:
@@ -332,23 +369,11 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def batches(dataset, keys_of_step, start: int, stop: int, workers: int = 0, pin: bool = False):
-    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]) for s in start .. stop - 1, read ahead by workers."""
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=_Steps(keys_of_step, start, stop), collate_fn=dataset.collate, num_workers=workers,
-        pin_memory=pin, prefetch_factor=4 if workers else None, generator=torch.Generator(),
+    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]), s in start .. stop - 1, read ahead by workers."""
+    yield from torch.utils.data.DataLoader(
+        dataset, batch_sampler=(keys_of_step(step) for step in range(start, stop)), collate_fn=dataset.collate,
+        num_workers=workers, pin_memory=pin, prefetch_factor=4 if workers else None, generator=torch.Generator(),
         worker_init_fn=_quiet_worker)
-    yield from loader
-
-
-class _Steps(torch.utils.data.Sampler):
-    def __init__(self, keys_of_step, start, stop):
-        self.keys_of_step, self.start, self.stop = keys_of_step, start, stop
-
-    def __iter__(self):
-        return (self.keys_of_step(step) for step in range(self.start, self.stop))
-
-    def __len__(self):
-        return self.stop - self.start
 
 
 def _quiet_worker(_):
@@ -362,11 +387,14 @@ def to_float(images: torch.Tensor, device) -> torch.Tensor:
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2 Pretrained networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "image_size",
+                "patch_size", "num_channels", "qkv_bias", "layer_norm_eps", "layerscale_value", "use_swiglu_ffn",
+                "num_register_tokens")
 TINY_IMAGE_ENCODER, TINY_TEXT_ENCODER = "notes/tiny/image_encoder", "notes/tiny/text_encoder"
 
 
@@ -379,7 +407,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.network = network.eval()
         self.network.embeddings.mask_token.requires_grad_(False)       # never used: it would have no gradient
         self.dim, self.patch = network.config.hidden_size, network.config.patch_size
         self.extra_tokens = 1 + getattr(network.config, "num_register_tokens", 0)
@@ -387,7 +415,14 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True):
-        return super().train(False)
+        super().train(False)                           # no dropout, ever; but transformers recomputes only in training
+        for module in self.network.modules():
+            module.training = mode and getattr(module, "gradient_checkpointing", False)
+        return self
+
+    def recompute_activations(self):
+        """Trades a forward pass for memory in the backward pass; takes effect at the next train()."""
+        self.network.gradient_checkpointing_enable()
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens, CLS first: (B, extra_tokens + h w, d)."""
@@ -404,8 +439,9 @@ class ImageEncoder(nn.Module):
 
     @property
     def description(self) -> dict:
-        """The architecture as plain types, enough for build_image_encoder."""
-        return json.loads(self.network.config.to_json_string(use_diff=False))
+        """The architecture as plain types, enough for build_image_encoder; the same in every version of transformers."""
+        config = self.network.config.to_dict()
+        return {name: config[name] for name in ARCHITECTURE if name in config}
 
 
 def load_image_encoder(name: str) -> ImageEncoder:
@@ -417,32 +453,40 @@ def load_image_encoder(name: str) -> ImageEncoder:
 def build_image_encoder(description: dict) -> ImageEncoder:
     """The same architecture without its weights, for a checkpoint that brings them."""
     from transformers import AutoConfig, AutoModel
-    config = AutoConfig.for_model(description["model_type"])
-    config.update({key: value for key, value in description.items() if key not in ("model_type", "dtype")})
-    return ImageEncoder(AutoModel.from_config(config, dtype=torch.float32))
+    settings = {name: value for name, value in description.items() if name != "model_type"}
+    return ImageEncoder(AutoModel.from_config(AutoConfig.for_model(description["model_type"], **settings),
+                                              dtype=torch.float32))
 
 
 class TextEncoder:
     """A T5 encoder with its tokenizer. Call it with captions: (B, L, d) float32 and a mask (B, L), True at tokens.
 
-    L is the longest caption of the call, padded to a multiple of 16 when `pad` is given. "" is the single token </s>.
+    L is the longest caption of the call, in tokens; what is longer than max_tokens is cut. "" is the single token </s>.
     """
 
     def __init__(self, network, tokenizer, max_tokens: int):
         self.network, self.tokenizer, self.max_tokens = network.eval().requires_grad_(False), tokenizer, max_tokens
         self.dim = network.config.d_model
 
-    def tokenize(self, captions: list[str], pad: int = 1):
-        return self.tokenizer(captions, return_tensors="pt", padding=True, truncation=True,
-                              max_length=self.max_tokens, pad_to_multiple_of=pad)
+    def tokenize(self, captions: list[str]):
+        return self.tokenizer([_unicode(caption) for caption in captions], return_tensors="pt", padding=True,
+                              truncation=True, max_length=self.max_tokens)
+
+    def fingerprint(self) -> str:
+        """sha256 over the beginning of every weight, in bf16: the same on every device, and quick at 4.8 billion."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.flatten()[:1024].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def is_cut(self, caption: str) -> bool:
-        return len(self.tokenizer(caption)["input_ids"]) > self.max_tokens
+        return len(self.tokenizer(_unicode(caption))["input_ids"]) > self.max_tokens
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], pad: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.network.parameters()).device
-        tokens = self.tokenize(captions, pad).to(device)
+        tokens = self.tokenize(captions).to(device)
         embeddings = self.network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return embeddings.last_hidden_state.float(), tokens["attention_mask"].bool()
 
@@ -493,10 +537,11 @@ def _load_pretrained(kind, name: str, model_types: tuple[str, ...], dtype):
     if config.model_type not in model_types:
         raise UserError(f"{name} is a {config.model_type!r} model; needed: {' or '.join(model_types)}.")
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()   # its report of what is missing or unexpected is given below
     network, info = _or_user_error(name, kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
                                    local_files_only=not online)
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    wrong = [key for key in wrong if "position_ids" not in key]
+    wrong = [key for key in wrong if "position_ids" not in key and not key.startswith("lm_head.")]     # T5's last layer
     if wrong:
         raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or unexpected, the "
                         f"first {wrong[0]}.")
@@ -548,9 +593,9 @@ def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + eps ** 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3 The randomness of a step
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def generator(seed: int, stage: str, step: int, what: str, device="cpu") -> torch.Generator:
@@ -570,9 +615,9 @@ def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarra
     return np.array([_permutation(seed, stage, count, int(p) // count)[p % count] for p in positions])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4 Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -622,10 +667,22 @@ def load(path: Path, stage: str, before: str = "") -> dict:
         raise UserError(f"{path} has format {checkpoint['format']}; this code reads format {FORMAT}.")
     if checkpoint.get("stage") != stage:
         raise UserError(f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; needed: {stage!r}.")
-    missing = {"config", "model", "step", "versions"} - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}.")
+    checkpoint = Checkpoint(checkpoint, path=path)
+    for key, kind in (("config", dict), ("model", dict), ("step", int), ("versions", dict)):
+        if not isinstance(checkpoint[key], kind):
+            raise UserError(f"{path}: {key} is no {kind.__name__}.")
     return checkpoint
+
+
+class Checkpoint(dict):
+    """What load returns: a dict that says which file lacks a key."""
+
+    def __init__(self, parts: dict, path: Path):
+        super().__init__(parts)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} lacks {key}. Restore it, or start over with --fresh.")
 
 
 def load_weights(module: nn.Module, state: dict, path: Path):
@@ -636,18 +693,38 @@ def load_weights(module: nn.Module, state: dict, path: Path):
             raise UserError(f"{path} {what} weights: {len(keys)}, the first {min(keys)}. It was made with other "
                             f"code or another transformers (here {versions()['transformers']}).")
     for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise UserError(f"{path}: {key} is {tuple(value.shape)}, the model needs {tuple(own[key].shape)}.")
+        if not isinstance(value, torch.Tensor) or value.shape != own[key].shape:
+            raise UserError(f"{path}: {key} is {tuple(getattr(value, 'shape', ()))}, the model needs "
+                            f"{tuple(own[key].shape)}.")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or infinite values.")
     module.load_state_dict(state)
 
 
+def check_encoder(found: str, checkpoint: dict, name: str):
+    """Raises UserError where the encoder of that name is no longer the one that a checkpoint was trained with."""
+    if checkpoint["encoder_fingerprint"] != found:
+        raise UserError(f"the weights of {name} are not those that the checkpoint was trained with. Bring them back, or "
+                        f"start over with --fresh.")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
+    """Loads the moments, of the right shapes and finite: a fused AdamW would read past the end of a short one."""
+    settings = [set(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer does not fit ({_first_line(error)}).")
+    if not optimizer.state:
+        raise UserError(f"{path}: its optimizer lacks every moment.")
+    fits = settings == [set(group) for group in optimizer.param_groups]
+    for parameter, moments in optimizer.state.items():
+        shapes = {name: getattr(value, "shape", None) for name, value in moments.items()}
+        fits &= shapes == {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if fits and not all(torch.isfinite(value).all() for value in moments.values()):
+            raise UserError(f"{path}: its optimizer holds NaN or infinite values.")
+    if not fits:
+        raise UserError(f"{path}: its optimizer does not fit the model.")
 
 
 def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
@@ -703,9 +780,9 @@ def human(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5 A run
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -726,14 +803,14 @@ class Run:
         self.device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+            torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
         if cfg.batch % (self.world * cfg.micro_batches):
             raise UserError(f"--batch {cfg.batch} does not divide by {self.world} processes x --micro-batches "
                             f"{cfg.micro_batches}.")
         torch.set_float32_matmul_precision("high")     # TF32 where the card has it
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-        self.pending, self.names, self.broken, self.stop = [], (), {}, 0
-        self.lock = self._take_lock() if self.main else None
+        self.pending, self.broken, self.stop = [], {}, 0
+        self.lock = take_lock(self.out, stage) if self.main else None
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):      # not in the main thread: a caller's business
                 signal.signal(number, self._signal)
@@ -790,14 +867,16 @@ class Run:
     def held_out(self, folder: Folder, size: int, most: int = 64) -> torch.Tensor:
         """The first held-out pictures on the device, (N, 3, size, size) in [-1, 1]."""
         pictures = Pictures(folder, size)
-        images, _ = pictures.collate([pictures[(i, None)] for i in range(min(most, len(pictures)))])
+        images, broken = pictures.collate([pictures[(i, None)] for i in range(min(most, len(pictures)))])
+        for index, reason in sorted(set(broken)):
+            self.say(f"cannot read {folder.images[index]!r}, held out: {reason}; the next picture takes its place")
         return to_float(images, self.device)
 
     def count_broken(self, broken: list[tuple[int, str]]):
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = f"{self.folder.images[index]!r}: {reason}"
-                self.say(f"cannot read {self.broken[index]}; the next picture takes its place")
+                self.say(f"cannot read {self.broken[index]}")
         if broken:
             tolerate(list(self.broken.values()), len(self.folder.images), self.cfg.max_broken, "pictures")
 
@@ -806,9 +885,7 @@ class Run:
     def open_log(self, start: int, pending: torch.Tensor | None = None, held_out: tuple[str, ...] = ()):
         """Opens out/<stage>.csv, cut back to step `start`, and the progress bar."""
         self.columns = ("step", "learning_rate", *self.terms, *(f"held_out_{name}" for name in held_out))
-        self.pending = list(pending) if pending is not None else []
-        self.start = self.last_log = start
-        self.clock = time.monotonic()
+        self.pending = list(pending.to(self.device)) if pending is not None else []
         if not self.main:
             return
         path, kept = self.out / f"{self.stage}.csv", []
@@ -836,10 +913,12 @@ class Run:
         values = values.cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            row, column = bad[0].tolist()
+            row = bad[0, 0].item()
             at = step - len(values) + row + 1
+            terms = ", ".join(f"{name} is {value}" for name, value in zip(self.terms, values[row].tolist())
+                              if not math.isfinite(value))
             last = self.out / f"{self.stage}.pt"
-            raise UserError(f"{self.terms[column]} is {values[row, column].item()} at step {at}, learning rate "
+            raise UserError(f"{terms} at step {at}, learning rate "
                             f"{learning_rate:.3g}. The last good checkpoint is "
                             f"{f'{last}; run again with --fresh and a lower learning rate' if last.exists() else 'none'}.")
         return values
@@ -889,22 +968,6 @@ class Run:
         self.stop = number
         print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
 
-    def _take_lock(self):
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = open(self.out / f".{self.stage}.lock", "a+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) and "lock" in locals():
-                lock.seek(0)
-                raise UserError(f"{self.out} is in use by another {self.stage}.py (process {lock.read().strip()}). "
-                                f"Wait for it, or choose another --out.")
-            raise UserError(f"--out {self.out} cannot be written: {error.strerror}.")
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        return lock
-
     def close(self):
         if self.main and hasattr(self, "csv"):
             self.bar.close()
@@ -917,6 +980,28 @@ class Run:
 
     def __exit__(self, *_):
         self.close()
+
+
+def take_lock(out: Path, stage: str):
+    """The open file that keeps a second run of a stage out of `out`; closing it, or dying, lets it go.
+
+    Raises UserError naming the process that has it. lockf, not flock: worker processes do not inherit it, so that
+    it dies with the run even where they outlive a kill -9 for a while.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / f".{stage}.lock", "a+")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) and "lock" in locals():
+            lock.seek(0)
+            raise UserError(f"{out} is in use by another {stage}.py (process {lock.read().strip()}). "
+                            f"Wait for it, or choose another --out.")
+        raise UserError(f"--out {out} cannot be written: {error.strerror}.")
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -937,12 +1022,17 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6 The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {"steps", "workers", "save_every", "log_every", "eval_every", "micro_batches", "device", "compile",
-              "checkpointing", "max_broken", "out", "fresh"}
+              "checkpointing", "max_broken", "out", "fresh", "latents", "encode_only", "evaluate", "reconstruct"}
+
+
+def flag(name: str) -> str:
+    """A field of a Config as it is typed: --image-size, -n."""
+    return "-" * (1 + (len(name) > 1)) + name.replace("_", "-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -956,34 +1046,40 @@ def read_flags(Config, argv: list[str] | None, description: str) -> dict:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        flag, kind = "-" * (1 + (len(f.name) > 1)) + f.name.replace("_", "-"), f.type
+        kind = f.type
         text = f"{help_of.get(f.name, '')} [{f.default}]".replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
         elif kind == tuple[int, ...]:
-            parser.add_argument(flag, type=lambda s: tuple(int(part) for part in s.split(",")), metavar="N,N,…", help=text)
+            parser.add_argument(flag(f.name), type=lambda s: tuple(int(part) for part in s.split(",")),
+                                metavar="N,N,…", help=text)
         elif kind == tuple[str, ...]:
-            parser.add_argument(flag, action="extend", nargs="+", help=text)
+            parser.add_argument(flag(f.name), action="extend", nargs="+", help=text)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+            parser.add_argument(flag(f.name), type=kind, metavar=kind.__name__.upper(), help=text)
     typed = vars(parser.parse_args(argv))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
 
 
-def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | None = None, saved: dict | None = None):
+def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | None = None,
+              saved: dict | None = None, strict: bool = True):
     """The Config of a run: typed over inherited over the preset over the defaults; or, on resume, the saved one.
 
-    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE.
+    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE, or nothing is
+    to be trained (strict=False).
     """
     if saved is not None:
         saved = {f.name: tuple(saved[f.name]) if isinstance(saved[f.name], list) else saved[f.name]
                  for f in fields(Config) if f.name in saved}
         for name, value in typed.items():
-            if name not in MAY_CHANGE and name in saved and saved[name] != value:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} {value} contradicts the checkpoint, which has {flag} {saved[name]}. Leave the "
-                                f"flag out to go on with it, or start over with --fresh.")
-        return Config(**saved | typed | {"fresh": False})
+            if strict and name not in MAY_CHANGE and name in saved and saved[name] != value:
+                raise UserError(f"{flag(name)} {value} contradicts the checkpoint, which has {flag(name)} "
+                                f"{saved[name]}. Leave the flag out to go on with it, or start over with --fresh.")
+        try:
+            return Config(**saved | typed | {"fresh": False})
+        except TypeError as error:
+            raise UserError(f"the configuration in the checkpoint does not fit ({_first_line(error)}). Start over "
+                            f"with --fresh.")
     values = (inherited or {}) | typed
     preset = values.get("preset") or ("full" if values.get("data") else "tiny")
     if preset not in presets:
@@ -997,18 +1093,18 @@ def check(cfg, **ranges: tuple[float, float]):
         value = getattr(cfg, name)
         if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):
             top = f" to {high:g}" if high < math.inf else " or more"
-            raise UserError(f"--{name.replace('_', '-')} {value}: allowed is {low:g}{top}.")
+            raise UserError(f"{flag(name)} {value}: allowed is {low:g}{top}.")
 
 
 def check_choice(cfg, **choices: tuple[str, ...]):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: allowed are {', '.join(allowed)}.")
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: allowed are {', '.join(allowed)}.")
 
 
 def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path) -> dict:
-    """What a stage takes over from the one before it, unless typed; said in one line."""
-    taken = {name: parent["config"][name] for name in names if name not in typed} if parent else {}
+    """What a stage takes over from the config of the one before it, unless typed; said in one line."""
+    taken = {name: parent[name] for name in names if name not in typed} if parent else {}
     if taken:
         shown = ", ".join(f"{name} {value if value != '' else 'built-in world'}" for name, value in taken.items())
         print(f"from {path}: {shown}", flush=True)
@@ -1027,13 +1123,14 @@ def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
 
 
 def set_aside(out: Path, *names: str):
-    """--fresh: moves the old run's files into out/old-<n>/ instead of deleting them."""
+    """--fresh: moves the old run's files into out/old-<n>/ instead of deleting them, unless it is still running."""
     present = [out / name for name in names if (out / name).exists()]
-    if present:
-        aside = next(path for n in range(1, 10_000) if not (path := out / f"old-{n}").exists())
-        aside.mkdir()
-        for path in present:
-            path.rename(aside / path.name)
+    if present and os.environ.get("RANK", "0") == "0":
+        with take_lock(out, present[0].stem):
+            aside = next(path for n in range(1, 10_000) if not (path := out / f"old-{n}").exists())
+            aside.mkdir()
+            for path in present:
+                path.rename(aside / path.name)
         print(f"--fresh: the old run is in {aside}", flush=True)
 
 
@@ -1042,6 +1139,8 @@ def program(main):
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+        with contextlib.suppress(AttributeError):      # a name or caption that the terminal cannot show is no error
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main(argv)
             return 0
@@ -1052,6 +1151,9 @@ def program(main):
             return 128 + stopped.args[0]
         except KeyboardInterrupt:
             return 130
+        except OSError as error:                       # a full disk, a folder without permission, a disk that is gone
+            print(f"error: {_first_line(error)}", file=sys.stderr, flush=True)
+            return 2
         except torch.cuda.OutOfMemoryError as error:
             print(f"error: the GPU's memory is full ({_first_line(error)}). More --micro-batches, --checkpointing "
                   f"or a smaller --batch make it fit.", file=sys.stderr)
@@ -1065,9 +1167,9 @@ def program(main):
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7 Pictures for people
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -1080,6 +1182,7 @@ def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
     first = maps[0].detach().double().cpu().flatten(0, 2)
     mean = first.mean(0)
     _, _, axes = torch.linalg.svd(first - mean, full_matrices=False)
+    axes = F.pad(axes, (0, 0, 0, max(0, 3 - len(axes))))               # fewer than three make the other colours black
     axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign().where(axes[:3].sum(1, keepdim=True) != 0, torch.ones(()))
     low, high = torch.quantile((first - mean) @ axes.T, torch.tensor([0.02, 0.98], dtype=torch.double), dim=0)
     out = []
@@ -1131,7 +1234,7 @@ def save_png(image: Image.Image, path: Path, settings: dict | None = None):
     """Writes a PNG in one move, with settings as text chunks (Image.open(path).text reads them)."""
     info = PngImagePlugin.PngInfo()
     for name, value in (settings or {}).items():
-        info.add_itxt(name, str(value))
+        info.add_itxt(name, _unicode(str(value)))
     with atomic(path) as partial:
         image.save(partial, "PNG", pnginfo=info)
 
@@ -1159,22 +1262,23 @@ def main(argv: list[str] | None = None):
     texts = [row[1] for row in train.rows]
     print(f"  captions: {len(set(texts)):,} distinct, {sum(map(len, texts)) / max(1, len(texts)):.0f} characters on average, "
           f"the longest {max(map(len, texts), default=0):,}")
-    pictures, broken = Pictures(train, cfg.image_size), list(train.skipped + held_out.skipped)
+    parts = [train] if held_out is train else [held_out, train]
+    pictures, broken = Pictures(train, cfg.image_size), [line for part in parts for line in part.skipped]
     begin, sizes = time.monotonic(), []
-    for index in range(len(train.images)):
+    for number, (part, index) in enumerate((part, index) for part in parts for index in range(len(part.images))):
         try:
-            pictures.read(index)
-            with Image.open(train.path(index)) as image:
+            Pictures(part, cfg.image_size).read(index)
+            with Image.open(part.path(index)) as image:
                 sizes.append(image.size)
         except Exception as error:
-            broken.append(f"{train.images[index]!r}: {_first_line(error)}")
+            broken.append(f"{part.images[index]!r}: {_first_line(error)}")
         if time.monotonic() - begin > 30:
-            print(f"  (the first {index + 1:,} pictures were opened; the rest was left after 30 s)")
+            print(f"  (the first {number + 1:,} pictures were opened; the rest was left after 30 s)")
             break
     if sizes:
         print(f"  sizes: {min(sizes)} to {max(sizes)}; {len(sizes) / (time.monotonic() - begin):.0f} pictures a second "
               f"and process at {cfg.image_size} px")
-    print(f"  broken or skipped: {len(broken)}" + "".join(f"\n    {line}" for line in broken[:20]))
+    print(f"  broken or skipped: {len(broken)}" + "".join(f"\n    {line}" for line in broken))
     chosen = [train.rows[i] for i in order(0, "sheet", len(train.rows), min(24, len(train.rows)), 0)]
     cells = [(np.asarray(Image.fromarray(pictures[(image, None)][0].permute(1, 2, 0).numpy()).resize((128, 128))), text)
              for image, text, _ in chosen]

@@ -1,13 +1,15 @@
-"""dit.py - stage 3, the Diffusion Transformer: learns to turn noise into latents of PS-VAE, told what by a text.
+"""dit.py - stage 3, the Diffusion Transformer: learns to turn noise into latents of PS-VAE, conditioned on a text.
 
 Noise is added to clean latents z_0 to an extent t, and a transformer guesses the noise from z_t, t and the caption c.
 The same network edits: the latents of a source picture join the sequence as further tokens, and the text is then an
-instruction. Equations 20 to 32 of the guide. This file never sees a pixel: sample.py decodes.
+instruction. This file never sees a pixel: sample.py decodes.
+
+Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
 
     z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps_hat (B,16,16,96)
-    source (B,16,16,96), if any, -> the same + type -> 256 more tokens            ^        ^
-    t (B,) -> sin, cos -> MLP -> t_emb (B,D) -> gamma, beta, gate ----------------'        |
-    text -> T5, frozen -> c (B,L,d_text) -> Linear -> keys, values of the cross-attention -'
+    source, if any -> the same + type, 256 more tokens   ^   ^               ^
+    t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
+    text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
     python dit.py                         reads out/latents: @DIT_TIME@
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
@@ -59,7 +61,7 @@ class Config:
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
     clip: float = 1.0                       # largest norm of the gradient
     ema: float = 0.9999                     # decay of the averaged weights that sampling uses
-    precision: str = "bf16"                 # bf16 (autocast) or fp32
+    precision: str = "bf16"                 # bf16 (autocast; loss in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
     checkpointing: bool = False             # recompute activations in the backward pass: less memory, a third slower
     device: str = "auto"                    # auto, cpu or cuda
@@ -92,9 +94,9 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Diffusion Process
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def noise_schedule(T: int, beta_start: float, beta_end: float, schedule: str = "scaled_linear") -> torch.Tensor:
@@ -110,8 +112,8 @@ def noise_schedule(T: int, beta_start: float, beta_end: float, schedule: str = "
 
 def add_noise(z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
     """Eq. 20, 22: z_0, eps (B, ...), t (B,) in 1 .. T, alpha_bar (T + 1,) -> z_t (B, ...) in the type of z_0."""
-    # Eq. 20: q(z_t | z_0) = N( z_t; sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I )
-    ab = alpha_bar[t].view(-1, *[1] * (z_0.dim() - 1))
+    ab = alpha_bar[t].view(-1, *[1] * (z_0.dim() - 1))                      # (B, 1, ...)
+    # Eq. 20: q(z_t | z_0) = N( z_t; sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I ), that is
     # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
     return ab.sqrt().to(z_0.dtype) * z_0 + (1 - ab).sqrt().to(z_0.dtype) * eps
 
@@ -122,16 +124,17 @@ def predict_z_0(z_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar
     return (z_t - (1 - ab).sqrt().to(z_t.dtype) * eps) / ab.sqrt().to(z_t.dtype)
 
 
-# Eq. 23: p(z_{t-1} | z_t) = N( z_{t-1}; mu_theta(z_t, t), sigma_t^2 I ) is what sample.py's DDIM does with eta = 1.
+# Eq. 23: p(z_{t-1} | z_t) = N( z_{t-1}; mu_theta(z_t, t), sigma_t^2 I ) is sample.py's DDIM with eta = 1
+# and all T steps.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DiT Architecture
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def timestep_embedding(t: torch.Tensor, d: int) -> torch.Tensor:
-    """Eq. 25 without its MLP: t (B,) -> (B, d), sines then cosines, in fp32 (bf16 cannot tell t = 999 from 1000)."""
+    """Eq. 25 without its MLP (that is DiT.time): t (B,) -> (B, d), in fp32: bf16 cannot tell t = 999 from 1000."""
     i = torch.arange(d // 2, device=t.device, dtype=torch.float32)
     # Eq. 25: t_emb = MLP( [ sin(t / 10000^(2i/d)), cos(t / 10000^(2i/d)) ] ), i = 0 .. d/2 - 1
     angle = t.float()[:, None] / 10000 ** (2 * i / d)                       # (B, d/2)
@@ -168,10 +171,11 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c (B, L, D) -> K, V (B, heads, L, d_k)."""
+        # Eq. 29: K, V = c W_K, c W_V
         return self.kv(c).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # Eq. 29: Q = h W_Q; K, V = c W_K, c W_V. mask (B, 1, 1, L): True at tokens, False at padding
+        # Eq. 29: Q = h W_Q, then as Eq. 28; mask (B, 1, 1, L) is True at tokens, False at padding
         q = self.q(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, d_k)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -191,8 +195,8 @@ class FFN(nn.Module):
 class DiTBlock(nn.Module):
     """h (B, N, D) -> (B, N, D): self-attention, cross-attention, FFN, each after an AdaLN and behind a gate.
 
-    All nine modulation vectors come from one Linear of t_emb that starts at zero: gamma = 1, beta = 0, gate = 0,
-    so a fresh block is the identity (adaLN-Zero, Peebles and Xie 2023).
+    All nine modulation vectors come from one Linear of t_emb that starts at zero: AdaLN's gamma is 1 + 0, its beta 0,
+    the gate 0, so a fresh block is the identity (adaLN-Zero, Peebles and Xie 2023).
     """
 
     def __init__(self, width: int, heads: int):
@@ -201,12 +205,12 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), zero_linear(width, 9 * width))
 
     def forward(self, h: torch.Tensor, modulation: torch.Tensor, k, v, mask) -> torch.Tensor:
-        (gamma_1, beta_1, gate_1, gamma_2, beta_2, gate_2,
-         gamma_3, beta_3, gate_3) = modulation.unflatten(-1, (9, 1, -1)).unbind(1)          # (B, 1, D) each
+        (scale_1, beta_1, gate_1, scale_2, beta_2, gate_2,
+         scale_3, beta_3, gate_3) = modulation.unflatten(-1, (9, 1, -1)).unbind(1)          # (B, 1, D) each
         # Eq. 31: h = h + gate * Block(h)
-        h = h + gate_1 * self.attention(adaln(h, 1 + gamma_1, beta_1))
-        h = h + gate_2 * self.cross(adaln(h, 1 + gamma_2, beta_2), k, v, mask)
-        h = h + gate_3 * self.ffn(adaln(h, 1 + gamma_3, beta_3))
+        h = h + gate_1 * self.attention(adaln(h, 1 + scale_1, beta_1))
+        h = h + gate_2 * self.cross(adaln(h, 1 + scale_2, beta_2), k, v, mask)
+        h = h + gate_3 * self.ffn(adaln(h, 1 + scale_3, beta_3))
         return h
 
 
@@ -242,12 +246,12 @@ class DiT(nn.Module):
 
     def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
         """All that depends on t alone: one (B, 9 D) for each block and (B, 2 D) for the head."""
+        # Eq. 25: t_emb = MLP(...)
         t_emb = self.time(timestep_embedding(t, 256))                       # (B, D)
         return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb)]
 
     def keys_values(self, c: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """All that depends on the text alone: (K, V) for each block. sample.py computes it once a prompt."""
-        # Eq. 26: c = TextEncoder(prompt), c in R^(L x d_text), is data.TextEncoder: a frozen T5
         c = self.text(c)                                                    # (B, L, D)
         return [block.cross.keys_values(c) for block in self.blocks]
 
@@ -262,14 +266,14 @@ class DiT(nn.Module):
                 h = recompute(block, h, modulation, k, v, mask, use_reentrant=False)
             else:
                 h = block(h, modulation, k, v, mask)
-        gamma, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
-        h = adaln(h[:, :self.grid ** 2], 1 + gamma, beta)                   # the source tokens have done their part
+        scale, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
+        h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # the source tokens have done their part
         return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))    # (B, h, w, z_dim)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training Objective
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -289,30 +293,27 @@ def dit_loss(eps: torch.Tensor, eps_hat: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(eps_hat, eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Latents and texts
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Latents(torch.utils.data.Dataset):
     """out/latents/ and out/text/ as rows. A key is (row, drop_text, drop_source); rows of a batch agree in drop_source.
 
-    A batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and normalised
-    (B, h, w, z_dim) or None; L is padded to a multiple of 16.
+    A batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu of the sources
+    or None; L is padded to a multiple of 16.
     """
 
-    def __init__(self, folder: Path, meta: dict, texts: "Texts"):
+    def __init__(self, folder: Path, meta: dict, rows: list[dict], texts: "Texts"):
         self.mu = np.load(folder / "mu.npy", mmap_mode="r")
         self.log_var = np.load(folder / "log_var.npy", mmap_mode="r") if meta["latents"] == "both" else None
-        self.mean, self.variance = torch.tensor(meta["mean"]), torch.tensor(meta["variance"])
         self.texts, self.image, self.text, self.source, self.kinds = texts, [], [], [], {}
-        with open(folder / "rows.jsonl", encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                row = json.loads(line)
-                self.image.append(row["image"])
-                self.text.append(texts.index[row["text"]])
-                self.source.append(row.get("source", -1))
-                self.kinds.setdefault((row.get("held_out", False), "source" in row), []).append(number)
+        for number, row in enumerate(rows):
+            self.image.append(row["image"])
+            self.text.append(texts.index[row["text"]])
+            self.source.append(row.get("source", -1))
+            self.kinds.setdefault((row.get("held_out", False), "source" in row), []).append(number)
 
     def rows(self, held_out: bool, edits: bool) -> list[int]:
         return self.kinds.get((held_out, edits), [])
@@ -332,7 +333,7 @@ class Latents(torch.utils.data.Dataset):
         c, mask = torch.zeros(len(items), length, texts[0].shape[1]), torch.zeros(len(items), length, dtype=torch.bool)
         for i, text in enumerate(texts):
             c[i, :len(text)], mask[i, :len(text)] = text, True
-        source = normalise(torch.stack(sources), self.mean, self.variance) if sources[0] is not None else None
+        source = torch.stack(sources) if sources[0] is not None else None
         return torch.stack(mu), torch.stack(log_var), c, mask, source
 
 
@@ -342,6 +343,7 @@ class Texts:
     def __init__(self, folder: Path, captions: list[str]):
         self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
         self.offsets = np.load(folder / "offsets.npy")
+        self.fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
         self.index = {caption: i for i, caption in enumerate(captions)}
         self.null, self.dim = self.index[""], self.embeddings.shape[1]
 
@@ -354,13 +356,13 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
     """Embeds each distinct caption once and frees the encoder, before the DiT needs the memory; kept in out/text/."""
     folder = run.out / "text"
     key = {"captions": data.digest_of(captions), "encoder": data.stamp(cfg.text_encoder), "max_tokens": cfg.max_tokens}
-    if run.main and not (folder / "meta.json").exists() or \
-            run.main and json.loads((folder / "meta.json").read_text()) != key:
+    meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").exists() else {}
+    if run.main and any(meta.get(name) != value for name, value in key.items()):
         work = run.out / "text.partial"
         data.remove_folder(work)
         encoder = data.load_text_encoder(cfg.text_encoder, cfg.max_tokens, run.device)
-        lengths = [min(len(ids), cfg.max_tokens) for ids in encoder.tokenizer(captions)["input_ids"]]
-        cut = sum(encoder.is_cut(caption) for caption in captions if len(caption) > cfg.max_tokens)
+        lengths = [len(ids) for ids in encoder.tokenizer(captions)["input_ids"]]
+        cut, lengths = sum(n > cfg.max_tokens for n in lengths), [min(n, cfg.max_tokens) for n in lengths]
         data.free_space(work, 2 * sum(lengths) * encoder.dim, f"embeddings of {len(captions):,} distinct captions")
         if cut:
             run.say(f"{cut:,} captions are longer than {cfg.max_tokens} tokens and were cut (--max-tokens)")
@@ -369,12 +371,13 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
         by_length = sorted(range(len(captions)), key=lengths.__getitem__)   # captions of one length need no padding
         for start in data.tqdm(range(0, len(captions), 256), desc="texts", mininterval=1):
             part = by_length[start:start + 256]
+            # Eq. 26: c = TextEncoder(prompt), c in R^(L x d_text)
             embeddings, mask = encoder([captions[i] for i in part])
             for i, embedding, keep in zip(part, embeddings.half().cpu().numpy(), mask.cpu().numpy()):
                 array[offsets[i]:offsets[i + 1]] = embedding[keep]
         array.flush()
         np.save(work / "offsets.npy", offsets)
-        (work / "meta.json").write_text(json.dumps(key))
+        (work / "meta.json").write_text(json.dumps(key | {"fingerprint": encoder.fingerprint()}))
         data.remove_folder(folder)
         os.replace(work, folder)
         del encoder
@@ -391,8 +394,8 @@ def is_edit(step: int, fraction: float) -> bool:
 def keys_of_step(step: int, cfg: Config, captions: list[int], edits: list[int]) -> list[tuple[int, bool, bool]]:
     """The global batch of a step as keys of Latents. Never the source alone is dropped: that would teach the model to
     draw a whole picture from "make it green"."""
-    edits_before = math.floor(step * cfg.edit_fraction) if edits and captions else step if edits else 0
-    edit = bool(edits) and (not captions or is_edit(step, cfg.edit_fraction))
+    share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
+    edit, edits_before = is_edit(step, share), math.floor(step * share)
     rows, number = (edits, edits_before) if edit else (captions, step - edits_before)
     chosen = data.order(cfg.seed, f"dit {'edit' if edit else 'caption'}", len(rows), cfg.batch, number)
     g = data.generator(cfg.seed, "dit", step, "drop")
@@ -401,9 +404,9 @@ def keys_of_step(step: int, cfg: Config, captions: list[int], edits: list[int]) 
     return [(rows[row], drop_both or bool(drop), drop_both) for row, drop in zip(chosen, drop_text)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person looks at
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Held-out losses and preview
+# ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -416,16 +419,22 @@ def averaged(model: DiT, ema: dict[str, torch.Tensor]):
     model.train()
 
 
+def held_out_batch(run: data.Run, latents: Latents, rows: list[int], mean, variance, most: int = 64):
+    """(z_0, c, mask, source) of the first rows, on the device; z_0 is the normalised mu."""
+    mu, _, c, mask, source = run.to_device(latents.collate([latents[(row, False, False)] for row in rows[:most]]))
+    return normalise(mu, mean, variance), c, mask, source if source is None else normalise(source, mean, variance)
+
+
 @torch.no_grad()
 def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Config) -> dict[str, float]:
-    """Eq. 32 on held-out latents for t in each quarter of 1 .. T, with the same t and noise at every call."""
+    """Eq. 32 on held-out latents for t in each quarter q1 .. q4 of 1 .. T, the same t and noise at every call."""
     g = data.generator(cfg.seed, "dit", 0, "held out", z_0.device)
     losses = {}
     for quarter in range(4):
         low, high = 1 + cfg.T * quarter // 4, max(1 + cfg.T * (quarter + 1) // 4, 2 + cfg.T * quarter // 4)
         t = torch.randint(low, high, (len(z_0),), generator=g, device=z_0.device)
         eps = torch.randn(z_0.shape, generator=g, device=z_0.device)
-        losses[f"t{quarter + 1}"] = dit_loss(eps, model(add_noise(z_0, t, eps, alpha_bar), t, c, mask, source)).item()
+        losses[f"q{quarter + 1}"] = dit_loss(eps, model(add_noise(z_0, t, eps, alpha_bar), t, c, mask, source)).item()
     return losses
 
 
@@ -433,20 +442,20 @@ def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, c
 def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Config, path: Path):
     """Latents as PCA colours: z_0 | z_t | predicted z_0 at four t, for four held-out pictures."""
     z_0, c, mask, source = (None if part is None else part[:4] for part in (z_0, c, mask, source))
-    eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0.device)
-    heads, columns = ["z_0"], [z_0]
+    eps = torch.randn(z_0.shape, generator=data.generator(cfg.seed, "dit", 0, "preview")).to(z_0.device)
+    titles, columns = ["z_0"], [z_0]
     for t_value in (max(1, round(cfg.T * share)) for share in (0.1, 0.3, 0.6, 0.9)):
         t = torch.full((len(z_0),), t_value, device=z_0.device)
         z_t = add_noise(z_0, t, eps, alpha_bar)
         columns += [z_t, predict_z_0(z_t, t, model(z_t, t, c, mask, source), alpha_bar)]
-        heads += [f"z_t, t = {t_value}", "predicted z_0"]
+        titles += [f"z_t, t = {t_value}", "predicted z_0"]
     colours = data.pca_colours(*columns, size=96)
-    data.save_png(data.grid([list(row) for row in zip(*colours)], heads=heads), path)
+    data.save_png(data.grid([list(row) for row in zip(*colours)], heads=titles), path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training Procedures. Stage 3: Train DiT
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def build(config: dict, shape: dict) -> DiT:
@@ -467,7 +476,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
     with data.Run(cfg, "dit", terms=("loss", "grad_norm")) as run:
         rows = [json.loads(line) for line in open(run.out / "latents/rows.jsonl", encoding="utf-8")]
         texts = encode_texts(cfg, run, ["", *sorted({row["text"] for row in rows} - {""})])
-        latents = Latents(run.out / "latents", meta, texts)
+        latents = Latents(run.out / "latents", meta, rows, texts)
         captions, edits = latents.rows(False, False), latents.rows(False, True) if cfg.edit_fraction else []
         if not captions and not edits:
             raise data.UserError(f"{run.out}/latents has no rows to train on.")
@@ -481,6 +490,9 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         start = 0
         if checkpoint:
             start, path = checkpoint["step"], run.out / "dit.pt"
+            if checkpoint["text_fingerprint"] != texts.fingerprint:
+                raise data.UserError(f"{path} was trained with another text encoder than {cfg.text_encoder} is now. "
+                                     f"Start over with --fresh.")
             data.load_weights(model, checkpoint["ema"], path)
             ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
             data.load_weights(model, checkpoint["model"], path)
@@ -489,22 +501,27 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
         if cfg.compile and run.device.type == "cuda":
             model.compile()
-        run.open_log(start, checkpoint and checkpoint["pending"], held_out=("t1", "t2", "t3", "t4"))
-        mu, _, c, mask, source = run.to_device(latents.collate([
-            latents[(row, False, False)] for row in (latents.rows(True, False) or captions or edits)[:64]]))
-        held_out = normalise(mu, mean, variance), c, mask, source
+        held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
+        held_out = {prefix: held_out_batch(run, latents, rows, mean, variance) for prefix, rows in held_out.items() if rows}
+        if not latents.rows(True, False) and not latents.rows(True, True):
+            run.say("no held-out pictures: the columns held_out_… are of training pictures")
+        run.open_log(start, checkpoint and checkpoint["pending"],
+                     held_out=tuple(f"{prefix}q{quarter}" for prefix in held_out for quarter in (1, 2, 3, 4)))
 
         keys = lambda step: run.mine(keys_of_step(step, cfg, captions, edits))
         stream = data.batches(latents, keys, start, cfg.steps, cfg.workers, run.device.type == "cuda")
         for step, batch in enumerate(stream, start):
+            # linear warm-up from peak / warmup, then a cosine to a hundredth of the peak
             rate = data.learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             mu, log_var, c, mask, source = run.to_device(batch)
             z_0 = normalise(sample_z_0(mu, log_var, run.randn(step, "z_0", *mu.shape[1:])), mean, variance)
+            source = source if source is None else normalise(source, mean, variance)
             t = run.randint(step, "t", 1, cfg.T + 1)                        # t ~ Uniform(1, T), both ends included
             eps = run.randn(step, "eps", *mu.shape[1:])
-            z_t = add_noise(z_0, t, eps, alpha_bar)                         # Eq. 22
+            # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
+            z_t = add_noise(z_0, t, eps, alpha_bar)                         # (B, h, w, z_dim)
 
             total = {"loss": 0}
             parts = [(part.chunk(cfg.micro_batches) if part is not None else [None] * cfg.micro_batches)
@@ -512,7 +529,8 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             for z_t_part, t_part, c_part, mask_part, source_part, eps_part in zip(*parts):
                 with run.autocast():
                     eps_hat = model(z_t_part, t_part, c_part, mask_part, source_part)
-                loss = dit_loss(eps_part, eps_hat) / cfg.micro_batches      # Eq. 32
+                # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2
+                loss = dit_loss(eps_part, eps_hat) / cfg.micro_batches
                 loss.backward()
                 total["loss"] += loss.detach()
             run.average([p.grad for p in model.parameters()])
@@ -528,14 +546,16 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             last, stopping = done == cfg.steps, run.stopping(done)
             if done % cfg.eval_every == 0 or last:
                 with averaged(model, ema):
-                    run.log(done, rate, held_out_losses(model, *held_out, alpha_bar, cfg))
+                    run.log(done, rate, {prefix + name: value for prefix, batch in held_out.items()
+                                         for name, value in held_out_losses(model, *batch, alpha_bar, cfg).items()})
                     if run.main:
-                        preview(model, *held_out, alpha_bar, cfg, run.out / "dit.png")
+                        preview(model, *next(iter(held_out.values())), alpha_bar, cfg, run.out / "dit.png")
             elif done % cfg.log_every == 0:
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
                 run.save(done, rate, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(), shape=shape,
-                         mean=meta["mean"], variance=meta["variance"], psvae=meta["fingerprint"], edits=len(edits))
+                         mean=meta["mean"], variance=meta["variance"], edits=len(edits),
+                         psvae_fingerprint=meta["fingerprint"], text_fingerprint=texts.fingerprint)
             if stopping and not last:
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'dit.pt'}. Next: python sample.py --prompt \"{rows[0]['text'][:60]}\"")
@@ -563,12 +583,12 @@ def main(argv: list[str] | None = None):
         typed = dict(zip(("width", "depth", "heads"), SIZES[typed["size"]])) | typed
     if typed.get("fresh"):
         data.set_aside(out, "dit.pt", "dit.csv", "dit.png")
-    checkpoint = data.load(out / "dit.pt", "dit") if (out / "dit.pt").exists() else None
+    checkpoint = data.load(out / "dit.pt", "dit") if (out / "dit.pt").exists() and not typed.get("fresh") else None
     meta = read_meta(out)
-    if checkpoint and checkpoint["psvae"] != meta["fingerprint"]:
+    if checkpoint and checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
         raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than {out}/latents "
                              f"({checkpoint['psvae'][:12]} and {meta['fingerprint'][:12]}). Start over with --fresh.")
-    inherited = data.inherit({"config": meta} if not checkpoint else None, ("preset",), typed, out / "latents")
+    inherited = data.inherit(None if checkpoint else meta, ("preset",), typed, out / "latents")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])
     if checkpoint and data.is_finished(checkpoint, cfg, out / "dit.pt"):
         return

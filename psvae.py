@@ -1,13 +1,15 @@
 """psvae.py - stage 2, the Pixel-Semantic VAE: the encoder learns to keep the pixels, without losing the meaning.
 
-Frozen features have thrown away what a picture looks like up close (the guide's Problem 2). So the encoder is trained
-too: a pixel decoder draws the picture from z, while the semantic decoder must still give back what a frozen copy of
-the encoder says. At the end every picture of the folder is encoded once, for stage 3. Equations 12 to 19 of the guide.
+Frozen features have thrown away what a picture looks like up close (the guide's Problem 2). So the encoder is
+trained too: a pixel decoder draws the picture from z, while the semantic decoder must still give back what a frozen
+copy of the encoder says. At the end every picture of the folder is encoded once, for stage 3.
 
-    x (B,3,256,256) --E_train--> f (B,16,16,1024) --Projector--> mu, log_var (B,16,16,96)
-    |                                                              | z = mu + sigma * eps
-    |--E_frozen--> f_target --- MSE --- f_hat <--SemanticDecoder---|
-    '------------------ L1, MSE, LPIPS --- x_hat <--PixelDecoder---'
+Eq. 12 to 19, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
+
+    x (B,3,256,256) in [-1, 1] --E_train--> f (B,16,16,1024) --Projector--> mu, log_var (B,16,16,96)
+    |                                                                  | z = mu + sigma * eps
+    |--E_frozen--> f_target ----- MSE ----- f_hat <--SemanticDecoder---|
+    '---------------------- L1, MSE, LPIPS --- x_hat <--PixelDecoder---'
 
     python psvae.py                       goes on from out/svae.pt: @PSVAE_TIME@
     python psvae.py --data ./imagenet     the real thing, on one CUDA GPU
@@ -16,7 +18,8 @@ the encoder says. At the end every picture of the folder is encoded once, for st
     python psvae.py --encode-only         writes out/latents/ again
 
 Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt, out/psvae.csv,
-out/psvae.png (picture | reconstruction) and out/latents/ (mu.npy, log_var.npy, rows.jsonl, meta.json).
+out/psvae.png (pictures above, reconstructions below) and out/latents/ (mu.npy, log_var.npy, rows.jsonl, meta.json).
+Run again, it goes on where it stopped.
 Expect (tiny): @PSVAE_EXPECT@
 """
 
@@ -58,7 +61,7 @@ class Config:
     weight_decay: float = 0.01              # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
     clip: float = 1.0                       # largest norm of the gradient
-    precision: str = "bf16"                 # bf16 (autocast) or fp32
+    precision: str = "bf16"                 # bf16 (autocast; losses in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
     checkpointing: bool = False             # recompute activations in the backward pass: less memory, a third slower
     device: str = "auto"                    # auto, cpu or cuda
@@ -90,18 +93,17 @@ class Config:
 
 PRESETS = {
     "full": {},
-    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 96, 64, 32), lpips_weight=0.0,
+    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(64, 64, 48, 24), lpips_weight=0.0,
                  steps=2000, batch=32, learning_rate=2e-3, encoder_lr_scale=0.25, warmup=50, precision="fp32",
                  compile=False, workers=0, log_every=10, eval_every=250, save_every=250),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")       # from svae.pt, unless typed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Architecture
-# ---------------------------------------------------------------------------------------------------------------------
-# Projector, SemanticDecoder, reparameterize and kl_divergence are those of stage 1, written out again so that this
-# file reads from end to end; a test holds the copies equal.
+# ------------------------------------------------------------------------------------------------------------
+# From stage 1: Projector, ResidualBlock, SemanticDecoder, reparameterize (and kl_divergence, below) are written out
+# again, so that this file reads from end to end; a test holds the copies equal
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Projector(nn.Module):
@@ -122,8 +124,14 @@ class Projector(nn.Module):
         h = self.body(f)                                                    # (..., 256)
         # Eq. 5: mu, log_var = Proj(f)
         mu, log_var = self.mu(h), self.log_var(h)                           # (..., z_dim)
-        # exp(20) and exp(-30) are far outside what training reaches; past them fp32 would overflow in Eq. 11
+        # Never reached in training; without it one wild log_var > 88 makes Eq. 11 infinite in fp32.
         return mu.to(f.dtype), log_var.to(f.dtype).clamp(-30, 20)
+
+
+def reparameterize(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Eq. 6: a sample of N(mu, sigma^2) that gradients pass through; eps ~ N(0, I). All of one shape."""
+    # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
+    return mu + torch.exp(0.5 * log_var) * eps
 
 
 class ResidualBlock(nn.Module):
@@ -154,10 +162,9 @@ class SemanticDecoder(nn.Module):
         return self.body(z)
 
 
-def reparameterize(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """Eq. 6: a sample of N(mu, sigma^2) that gradients pass through; eps ~ N(0, I). All of one shape."""
-    # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
-    return mu + torch.exp(0.5 * log_var) * eps
+# ------------------------------------------------------------------------------------------------------------
+# Architecture: 3. Pixel Decoder
+# ------------------------------------------------------------------------------------------------------------
 
 
 class ConvBlock(nn.Module):
@@ -203,6 +210,11 @@ class PixelDecoder(nn.Module):
         return self.head(x)                                                 # (B, 3, 16 h, 16 w)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Architecture: 1. Trainable Representation Encoder (2., its frozen copy, is loaded in train)
+# ------------------------------------------------------------------------------------------------------------
+
+
 class PSVAE(nn.Module):
     """Eq. 12, 5, 7, 14: the trainable encoder, the projector and both decoders. The frozen copy is no part of it."""
 
@@ -215,7 +227,8 @@ class PSVAE(nn.Module):
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> mu, log_var (B, h, w, z_dim)."""
-        f = self.encoder(x)                                                 # Eq. 12, (B, h, w, d)
+        # Eq. 12: f = E_train(x)
+        f = self.encoder(x)                                                 # (B, h, w, d)
         return self.projector(f)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -237,53 +250,21 @@ def load_psvae(path: Path, device="cpu") -> tuple[PSVAE, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint."""
     checkpoint = data.load(path, "psvae", before="python psvae.py")
     config = checkpoint["config"]
-    model = PSVAE(data.build_image_encoder(checkpoint["encoder"]), config["z_dim"], tuple(config["widths"]))
+    model = PSVAE(data.build_image_encoder(checkpoint["encoder_description"]), config["z_dim"], tuple(config["widths"]))
     data.load_weights(model, checkpoint["model"], path)
     return model.eval().requires_grad_(False).to(device), checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PS-VAE Loss Function
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def semantic_loss(f_hat: torch.Tensor, f_target: torch.Tensor) -> torch.Tensor:
-    """Eq. 16: against the frozen encoder (Eq. 13), not the one in training, which could make it zero by meaning nothing."""
-    # Eq. 16: L_semantic = MSE( D_sem(z), E_frozen(x) )
-    return F.mse_loss(f_hat.to(f_target.dtype), f_target)
-
-
-def l1(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Eq. 18: the mean absolute error over batch, height, width and channels."""
-    # Eq. 18: L1(x_hat, x) = 1/(HWC) sum_ijc | x_hat_ijc - x_ijc |
-    return (x_hat - x).abs().mean()
-
-
-def pixel_loss(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Eq. 17: x_hat is not clamped, so that a value past white is still pulled back."""
-    # Eq. 17: L_pixel = 1/2 L1(x_hat, x) + 1/2 MSE(x_hat, x)
-    return 0.5 * l1(x_hat, x) + 0.5 * F.mse_loss(x_hat, x)
-
-
-def perceptual_loss(lpips, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Eq. 19: lpips is data.load_lpips(), or None where its weight is 0. Both pictures (B, 3, H, W) in [-1, 1].
-
-    lpips' linear weights are the squares of the guide's w_l, and the features phi_l are of unit length.
-    """
-    # Eq. 19: LPIPS(x_hat, x) = sum_l 1/(H_l W_l) sum_hw || w_l * (phi_hat_l - phi_l) ||^2
-    return lpips(x_hat, x).mean() if lpips is not None else x_hat.new_zeros(())
-
-
-def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
-    """Eq. 10, 11: KL(N(mu, sigma^2) || N(0, I)) in nats: (..., z_dim) -> scalar, summed over z_dim, mean over the rest.
-
-    The guide's pseudo-code takes the mean over z_dim too, its equation the sum, z_dim times as much: the equation
-    is what is a KL divergence, and what is computed here (notes/decisions.md).
-    """
-    # Eq. 10: L_KL = D_KL( q(z|x) || p(z) ), p(z) = N(0, I)
-    # Eq. 11: L_KL = -1/2 sum_i ( 1 + log sigma_i^2 - mu_i^2 - sigma_i^2 )
-    kl = -0.5 * (1 + log_var - mu ** 2 - torch.exp(log_var)).sum(-1)        # (...)
-    return kl.mean()
+# ------------------------------------------------------------------------------------------------------------
+#
+#     who gets a gradient    encoder   projector   semantic decoder   pixel decoder
+#     semantic                  x          x              x
+#     pixel, perceptual         x          x                                x
+#     KL                        x          x
+#
+# The frozen copy and LPIPS never do.
 
 
 def psvae_loss(x_hat, x, f_hat, f_target, mu, log_var, cfg: Config, lpips=None) -> dict[str, torch.Tensor]:
@@ -295,9 +276,48 @@ def psvae_loss(x_hat, x, f_hat, f_target, mu, log_var, cfg: Config, lpips=None) 
     return {"loss": loss, "semantic": semantic, "pixel": pixel, "perceptual": perceptual, "kl": kl}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person looks at
-# ---------------------------------------------------------------------------------------------------------------------
+def semantic_loss(f_hat: torch.Tensor, f_target: torch.Tensor) -> torch.Tensor:
+    """Eq. 16: both (B, h, w, d). Against the encoder in training it could be made zero by meaning nothing."""
+    # Eq. 16: L_semantic = MSE( D_sem(z), E_frozen(x) )
+    return F.mse_loss(f_hat.to(f_target.dtype), f_target)
+
+
+def pixel_loss(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Eq. 17: x_hat is not clamped, so that a value past white is still pulled back."""
+    # Eq. 17: L_pixel = 1/2 L1(x_hat, x) + 1/2 MSE(x_hat, x)
+    return 0.5 * l1(x_hat, x) + 0.5 * F.mse_loss(x_hat, x)
+
+
+def l1(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Eq. 18: the mean absolute error over batch, height, width and channels."""
+    # Eq. 18: L1(x_hat, x) = 1/(HWC) sum_ijc | x_hat_ijc - x_ijc |
+    return (x_hat - x).abs().mean()
+
+
+def perceptual_loss(lpips, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Eq. 19: lpips is data.load_lpips(), or None where its weight is 0. Both pictures (B, 3, H, W) in [-1, 1].
+
+    lpips' linear weights are the squares of the guide's w_l, and the features phi_l are of unit length.
+    """
+    # Eq. 19: LPIPS(x_hat, x) = sum_l 1/(H_l W_l) sum_hw || w_l * (phi_hat_l - phi_l) ||^2
+    return lpips(x_hat, x).to(x.dtype).mean() if lpips is not None else x_hat.new_zeros(())
+
+
+def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
+    """Eq. 10, 11: KL(N(mu, sigma^2) || N(0, I)) in nats, mu, log_var (B, h, w, z_dim) -> scalar.
+
+    Summed over z_dim, averaged over batch and positions. The guide's pseudo-code averages over z_dim too, which is
+    z_dim times less; its equation sums, and only the sum is a KL divergence (notes/decisions.md).
+    """
+    # Eq. 10: L_KL = D_KL( q(z|x) || p(z) ), p(z) = N(0, I)
+    # Eq. 11: L_KL = -1/2 sum_i ( 1 + log sigma_i^2 - mu_i^2 - sigma_i^2 )
+    kl = -0.5 * (1 + log_var - mu ** 2 - torch.exp(log_var)).sum(-1)
+    return kl.mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Held-out losses, preview, evaluation
+# ------------------------------------------------------------------------------------------------------------
 
 
 def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -373,13 +393,14 @@ def evaluate(cfg: Config):
         for features, picture in ((real, x), (fake, x_hat.clamp(-1, 1))):
             features.append(frozen_encoder.tokens(picture)[:, 0].cpu().numpy())     # CLS
     values = torch.cat(scores)
-    mean, spread = values.mean(0).tolist(), values.std(0).tolist()
+    mean, spread = values.mean(0).tolist(), values.std(0, correction=0).tolist()
     print(f"held-out pictures: N = {len(values)}, from {folder.root}")
     for name, m, s in zip(("PSNR dB", "SSIM", "LPIPS"), mean, spread):
         if not math.isnan(m):
             print(f"  {name:8s} {m:8.3f}  (standard deviation over pictures {s:.3f})")
-    print(f"  FDD      {frechet_distance(np.concatenate(real), np.concatenate(fake)):8.3f}  (encoder {cfg.encoder}; "
-          f"biased upward for small N)")
+    if len(values) > 1:
+        distance = frechet_distance(np.concatenate(real), np.concatenate(fake))
+        print(f"  FDD      {distance:8.3f}  (encoder {cfg.encoder}; biased upward for small N)")
 
 
 @torch.no_grad()
@@ -400,9 +421,9 @@ def reconstruct(cfg: Config):
     print(f"wrote {path}: picture | reconstruction")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training Procedures. Stage 2: Train PS-VAE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
@@ -411,25 +432,29 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
         folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
         run.say(f"stage 2, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, encoder {cfg.encoder}")
 
-        # Keep a frozen copy for the semantic target; unfreeze the encoder
-        frozen_encoder = data.load_image_encoder(cfg.encoder).to(run.device)        # Eq. 13
+        # The frozen encoder has the pretrained weights, loaded anew at every start; the trainable one begins as its copy
+        frozen_encoder = data.load_image_encoder(cfg.encoder).to(run.device)
+        encoder_fingerprint = data.fingerprint(frozen_encoder)
         torch.manual_seed(cfg.seed)
-        model = PSVAE(copy.deepcopy(frozen_encoder), cfg.z_dim, cfg.widths, cfg.checkpointing).to(run.device).train()
+        model = PSVAE(copy.deepcopy(frozen_encoder), cfg.z_dim, cfg.widths, cfg.checkpointing).to(run.device)
         frozen_encoder.requires_grad_(False)
         if cfg.checkpointing:
-            model.encoder.network.gradient_checkpointing_enable()
+            model.encoder.recompute_activations()
+        model.train()
         lpips = data.load_lpips(run.device) if cfg.lpips_weight else None
-        slow, fast = list(model.encoder.parameters()), [p for name, p in model.named_parameters()
-                                                        if not name.startswith("encoder.")]
-        slow = [p for p in slow if p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": fast, "scale": 1.0}, {"params": slow, "scale": cfg.encoder_lr_scale}],
+        encoder_parameters = [p for p in model.encoder.parameters() if p.requires_grad]     # all but the mask token
+        other_parameters = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+        optimizer = torch.optim.AdamW([{"params": other_parameters, "scale": 1.0},
+                                       {"params": encoder_parameters, "scale": cfg.encoder_lr_scale}],
                                       betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
         start = 0
         if checkpoint:
             start = checkpoint["step"]
+            data.check_encoder(encoder_fingerprint, checkpoint, cfg.encoder)
             data.load_weights(model, checkpoint["model"], run.out / "psvae.pt")
             data.load_optimizer(optimizer, checkpoint["optimizer"], run.out / "psvae.pt")
         elif stage_1:
+            data.check_encoder(encoder_fingerprint, stage_1, cfg.encoder)
             load_stage_1(model, stage_1, run)
         if run.device.type == "cuda":
             model.pixel_decoder.to(memory_format=torch.channels_last)
@@ -439,18 +464,21 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
         run.open_log(start, checkpoint and checkpoint["pending"], held_out=(*terms, "psnr"))
         x_held_out = run.held_out(held_out, cfg.image_size)
 
+        # Training loop; the built-in world is not augmented: there, left means left
         for step, x in run.pictures(folder, cfg.image_size, start, augment=bool(cfg.data)):
+            # linear warm-up from peak / warmup, then a cosine to a hundredth of the peak
             rate = data.learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             h = cfg.image_size // 16
-            eps = run.randn(step, "eps", h, h, cfg.z_dim)
+            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed and step alone
 
             total = {}
             for x_part, eps_part in zip(x.chunk(cfg.micro_batches), eps.chunk(cfg.micro_batches)):
                 with run.autocast():
                     with torch.no_grad():
-                        f_target = frozen_encoder(x_part)                   # Eq. 13, (B, h, w, d)
+                        # Eq. 13: f_target = E_frozen(x)
+                        f_target = frozen_encoder(x_part)                   # (B, h, w, d)
                     x_hat, f_hat, mu, log_var = model(x_part, eps_part)
                     losses = psvae_loss(x_hat, x_part, f_hat, f_target, mu, log_var, cfg, lpips)
                 (losses["loss"] / cfg.micro_batches).backward()
@@ -472,8 +500,8 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
                 run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         encoder=model.encoder.description, stage_1=stage_1 and stage_1["step"])
-            if stopping and not last:
+                         encoder_description=model.encoder.description, encoder_fingerprint=encoder_fingerprint)
+            if stopping:                                # in the last step too: the latents are still to come
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'psvae.pt'}, {run.out / 'psvae.csv'}, {run.out / 'psvae.png'}")
 
@@ -487,9 +515,9 @@ def load_stage_1(model: PSVAE, stage_1: dict, run: data.Run):
     run.say(f"projector and semantic decoder from {run.out / 'svae.pt'}, step {stage_1['step']:,}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Latents for stage 3: z_0 = PS-VAE.encode(x), with a frozen PS-VAE, is worth computing once
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -503,19 +531,17 @@ def write_latents(cfg: Config):
     final, work = Path(cfg.out) / "latents", Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:
         model, checkpoint = load_psvae(Path(cfg.out) / "psvae.pt", run.device)
-        mark = {"fingerprint": model.fingerprint(), "data": cfg.data, "latents": cfg.latents, "format": data.FORMAT}
+        folders = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
+        folders = folders if folders[0] is not folders[1] else folders[:1]  # nothing is held out of a tiny folder
+        run.folder = data.joined(folders)
+        mark = {"fingerprint": model.fingerprint(), "data": cfg.data, "latents": cfg.latents, "format": data.FORMAT,
+                "rows": data.digest_of([run.folder.images, run.folder.rows])}
         if (final / "meta.json").exists() and not cfg.encode_only:
             meta = json.loads((final / "meta.json").read_text())
             if all(meta.get(key) == value for key, value in mark.items()):
                 return run.say(f"{final} is complete: {meta['count']:,} pictures. Next: python dit.py")
-        parts = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
-        folders = parts if parts[0] is not parts[1] else parts[:1]
-        run.folder = data.Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
-        run.folder.images = [os.path.relpath(folder.path(i), run.folder.root)
-                             for folder in folders for i in range(len(folder.images))]
         count, side = len(run.folder.images), cfg.image_size // 16
         shape, names = (count, side, side, cfg.z_dim), ("mu", "log_var") if cfg.latents == "both" else ("mu",)
-        mark["images"] = data.digest_of(run.folder.images)
         if run.main:
             if not (work / "mark.json").exists() or json.loads((work / "mark.json").read_text()) != mark:
                 data.remove_folder(work)
@@ -569,20 +595,16 @@ def finish_latents(cfg, run, work, final, folders, names, checkpoint, mark):
     """Rows, channel statistics in float64, and one rename: out/latents/ is whole or it is not there."""
     maps = [np.load(work / f"{name}.npy", mmap_mode="r") for name in names]
     broken = {index for path in work.glob("done-*.json") for index in json.loads(path.read_text())["broken"]}
-    offset, training = 0, []
+    train_images, train_rows = len(folders[0].images), len(folders[0].rows)
     with open(work / "rows.jsonl", "w", encoding="utf-8") as lines:
-        for number, folder in enumerate(folders):
-            for image, text, source in folder.rows:
-                if offset + image in broken or (source >= 0 and offset + source in broken):
-                    continue
-                row = {"image": offset + image, "text": text}
-                row |= {"source": offset + source} if source >= 0 else {}
-                lines.write(json.dumps(row | ({"held_out": True} if number else {}), ensure_ascii=False) + "\n")
-            if not number:
-                training = [i for i in range(len(folder.images)) if i not in broken]
-            offset += len(folder.images)
+        for number, (image, text, source) in enumerate(run.folder.rows):
+            if image not in broken and source not in broken:
+                row = {"image": image, "text": text} | ({"source": source} if source >= 0 else {})
+                row |= {"held_out": True} if number >= train_rows else {}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    training = [image for image in range(train_images) if image not in broken]
     mean, variance = channel_statistics(maps, np.array(training))
-    meta = {**mark, "count": offset - len(broken), "broken": len(broken), "grid": cfg.image_size // 16,
+    meta = {**mark, "count": len(run.folder.images) - len(broken), "broken": len(broken), "grid": cfg.image_size // 16,
             "z_dim": cfg.z_dim, "mean": mean.tolist(), "variance": variance.tolist(), "preset": cfg.preset,
             "psvae_step": checkpoint["step"]}
     with data.atomic(work / "meta.json") as partial:
@@ -593,10 +615,10 @@ def finish_latents(cfg, run, work, final, folders, names, checkpoint, mark):
             f"Next: python dit.py")
 
 
-def channel_statistics(maps: list[np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of every channel of z over the given rows, in float64: Var(z) = Var(mu) + E[sigma^2]."""
+def channel_statistics(maps: list[np.ndarray], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel of z over the given pictures, float64: Var(z) = Var(mu) + E[sigma^2]."""
     total, square, variance, n = 0.0, 0.0, 0.0, 0
-    for part in np.array_split(rows, max(1, len(rows) // 1024)):
+    for part in np.array_split(pictures, max(1, len(pictures) // 1024)):
         mu = maps[0][part].astype(np.float64).reshape(-1, maps[0].shape[-1])
         total, square, n = total + mu.sum(0), square + (mu ** 2).sum(0), n + len(mu)
         if len(maps) > 1:
@@ -612,10 +634,11 @@ def main(argv: list[str] | None = None):
     if typed.get("fresh"):
         data.set_aside(out, "psvae.pt", "psvae.csv", "psvae.png")
     only = [name for name in ("encode_only", "evaluate", "reconstruct") if typed.get(name)]
-    checkpoint = data.load(out / "psvae.pt", "psvae", "python psvae.py") if only or (out / "psvae.pt").exists() else None
+    there = (out / "psvae.pt").exists() and not typed.get("fresh")      # another rank may not have moved it yet
+    checkpoint = data.load(out / "psvae.pt", "psvae", "python psvae.py") if only or there else None
     stage_1 = data.load(out / "svae.pt", "svae") if not checkpoint and (out / "svae.pt").exists() else None
-    inherited = data.inherit(stage_1, INHERITED, typed, out / "svae.pt")
-    cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])
+    inherited = data.inherit(stage_1 and stage_1["config"], INHERITED, typed, out / "svae.pt")
+    cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"], strict=not only)
     if not checkpoint and not stage_1:
         print(f"no {out / 'svae.pt'}: projector and semantic decoder start from scratch. Without stage 1 the latent "
               f"has first to find the features' meaning again (python svae.py makes it).")

@@ -1,7 +1,7 @@
 """sample.py - inference: a prompt in, a picture out; or a picture and an instruction in, the edited picture out.
 
-The guide's chapter "Inference": start from noise z_T, let the DiT guess the noise at falling t, once with the text and
-once without (classifier-free guidance, Eq. 33), take a DDIM step (Eq. 34), and decode z_0 with PS-VAE's pixel decoder.
+The guide's chapter "Inference", Eq. 33 and 34 as numbered in notes/equations.md: start from noise z_T, let the DiT guess the noise at falling t, once with the text and
+once without (classifier-free guidance), take a DDIM step, and decode z_0 with PS-VAE's pixel decoder.
 
     prompt -> T5 -> c --.
     z_T ~ N(0, I) -> [ eps = CFG(DiT(z_t, t, c), DiT(z_t, t, "")) -> DDIM step ] x steps -> z_0 -> PixelDecoder -> x
@@ -23,7 +23,7 @@ import torch
 
 import data
 from dit import DiT, load_dit, noise_schedule, normalise
-from psvae import PSVAE, load_psvae
+from psvae import load_psvae
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Config:
     image: str = ""                         # a picture to edit
     n: int = 4                              # pictures of each prompt
     steps: int = 50                         # DDIM steps, at most T
-    guidance: float = 7.5                   # s of Eq. 33; 1 is none, and half the work
+    guidance: float = 7.5                   # s of Eq. 33; 1 is none (and, without --image, half the work)
     image_guidance: float = 1.5             # how closely an edit keeps to its source
-    eta: float = 0.0                        # 0: DDIM, deterministic; 1: the DDPM posterior
+    eta: float = 0.0                        # 0: DDIM, deterministic; 1, with all T steps: DDPM
     seed: int = 0                           # picture i of a prompt starts from the noise of (seed, i)
     out: str = "out/sample.png"             # the picture
     film: bool = False                      # also write <out>_film.png: the predicted z_0, decoded, along the way
@@ -57,9 +57,9 @@ PRESETS = {                                 # by the preset of dit.pt
 SHIPPED = data.HERE / "notes/tiny"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Classifier-Free Guidance
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def classifier_free_guidance(eps_null: torch.Tensor, eps_c: torch.Tensor, s: float) -> torch.Tensor:
@@ -71,15 +71,17 @@ def classifier_free_guidance(eps_null: torch.Tensor, eps_c: torch.Tensor, s: flo
 def edit_guidance(eps_00, eps_s0, eps_sc, s: float, s_image: float):
     """Guidance on the source picture and on the text: eps without both, with the source, with both (B, h, w, z_dim).
 
-    The guide has no equation for edits; this is its Eq. 33 applied twice, as in InstructPix2Pix (Brooks et al. 2023).
+    The guide has no equation for edits; this is its Eq. 33 applied twice, as in InstructPix2Pix (Brooks et al. 2023):
+    (1 - s_image) eps_00 + (s_image - s) eps_s0 + s eps_sc, regrouped.
     """
-    return (1 - s_image) * eps_00 + (s_image - s) * eps_s0 + s * eps_sc
+    return eps_00 + s_image * (eps_s0 - eps_00) + s * (eps_sc - eps_s0)
 
 
 def guided_noise(dit: DiT, z_t, modulations, keys_values, mask, source, s: float, s_image: float) -> torch.Tensor:
     """The guided eps at one t; keys_values and mask hold the B texts and then B times the null text.
 
-    Conditional and null halves run as one batch; a pass whose weight is 0 is skipped.
+    Both halves run as one batch. A picture costs two passes of the network, one at s = 1; an edit three, one less
+    where s = s_image (eps_s0 has weight 0) and one less where s_image = 1 (eps_00 has).
     """
     B = len(z_t)
     text, null = [[(k[half], v[half]) for k, v in keys_values] for half in (slice(0, B), slice(B, None))]
@@ -91,15 +93,15 @@ def guided_noise(dit: DiT, z_t, modulations, keys_values, mask, source, s: float
     if s == s_image:
         eps_sc = eps_s0 = dit.denoise(z_t, modulations, text, mask[:B], source)
     else:
-        eps_sc, eps_s0 = dit.denoise(torch.cat([z_t, z_t]), modulations, keys_values, mask,
-                                     torch.cat([source, source])).chunk(2)
-    eps_00 = 0 if s_image == 1 else dit.denoise(z_t, modulations, null, mask[B:])
+        both = torch.cat([z_t, z_t]), modulations, keys_values, mask, torch.cat([source, source])
+        eps_sc, eps_s0 = dit.denoise(*both).chunk(2)
+    eps_00 = eps_s0 if s_image == 1 else dit.denoise(z_t, modulations, null, mask[B:])
     return edit_guidance(eps_00, eps_s0, eps_sc, s, s_image)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DDIM Sampling Formula
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sampling_times(T: int, steps: int) -> list[int]:
@@ -115,10 +117,10 @@ def ddim_step(z_t, eps, ab_t: float, ab_prev: float, eta: float, noise):
     (z_prev, predicted z_0).
     """
     sigma_t = eta * ((1 - ab_prev) / (1 - ab_t)) ** 0.5 * (1 - ab_t / ab_prev) ** 0.5
-    z_0 = (z_t - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5
+    z_0 = (z_t - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5                     # predicted z_0
+    towards_z_t = max(0.0, 1 - ab_prev - sigma_t ** 2) ** 0.5               # max: rounding, where ab_t is nearly 0
     # Eq. 34: z_{t-1} = sqrt(ab_{t-1}) * predicted z_0 + sqrt(1 - ab_{t-1} - sigma_t^2) * eps + sigma_t * noise
-    direction = max(0.0, 1 - ab_prev - sigma_t ** 2) ** 0.5                 # max: at the last step it is -1e-17
-    return ab_prev ** 0.5 * z_0 + direction * eps + sigma_t * noise, z_0
+    return ab_prev ** 0.5 * z_0 + towards_z_t * eps + sigma_t * noise, z_0
 
 
 @torch.no_grad()
@@ -145,9 +147,9 @@ def draw(generators: list[torch.Generator], like: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text-to-Image Generation, and editing
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Pipeline:
@@ -155,17 +157,20 @@ class Pipeline:
 
     def __init__(self, folder: Path, device: torch.device):
         self.device = device
-        self.psvae: PSVAE
-        self.psvae, psvae = load_psvae(folder / "psvae.pt", device)
-        self.dit, dit = load_dit(folder / "dit.pt", device)
-        if self.psvae.fingerprint() != dit["psvae"]:
+        self.psvae, psvae_checkpoint = load_psvae(folder / "psvae.pt", device)
+        self.dit, checkpoint = load_dit(folder / "dit.pt", device)
+        self.config, self.step, self.edits = (checkpoint[name] for name in ("config", "step", "edits"))
+        if self.psvae.fingerprint() != checkpoint["psvae_fingerprint"]:
             raise data.UserError(f"{folder}/dit.pt was trained on latents of another psvae.pt. Train it on this one's: "
                                  f"python psvae.py --encode-only, then python dit.py --fresh")
-        self.config, self.step, self.edits, self.size = dit["config"], dit["step"], dit["edits"], psvae["config"]["image_size"]
-        self.shape = (dit["shape"]["grid"], dit["shape"]["grid"], dit["shape"]["z_dim"])
-        self.mean, self.variance = (torch.tensor(dit[name], device=device) for name in ("mean", "variance"))
-        self.alpha_bar = noise_schedule(*(self.config[name] for name in ("T", "beta_start", "beta_end", "schedule")))
         self.text_encoder = data.load_text_encoder(self.config["text_encoder"], self.config["max_tokens"], device)
+        if self.text_encoder.fingerprint() != checkpoint["text_fingerprint"]:
+            raise data.UserError(f"{folder}/dit.pt was trained with another text encoder than "
+                                 f"{self.config['text_encoder']} is now. Train it again: python dit.py --fresh")
+        self.size, grid = psvae_checkpoint["config"]["image_size"], checkpoint["shape"]["grid"]
+        self.latent_shape = (grid, grid, checkpoint["shape"]["z_dim"])
+        self.mean, self.variance = (torch.tensor(checkpoint[name], device=device) for name in ("mean", "variance"))
+        self.alpha_bar = noise_schedule(*(self.config[name] for name in ("T", "beta_start", "beta_end", "schedule")))
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], seeds: list[int], sources: np.ndarray | None = None, steps=50, guidance=7.5,
@@ -175,7 +180,7 @@ class Pipeline:
         c, mask = self.text_encoder([*prompts, *[""] * len(prompts)])
         # 2. Initialize from noise
         generators = [data.generator(seed, "sample", 0, "z_T") for seed in seeds]
-        z_T = draw(generators, torch.empty(len(seeds), *self.shape, device=self.device))
+        z_T = draw(generators, torch.empty(len(seeds), *self.latent_shape, device=self.device))
         # 3. DDIM sampling
         source, frames = None, [] if film is not None else None
         if sources is not None:
@@ -185,7 +190,8 @@ class Pipeline:
                    image_guidance, eta, source, generators, frames)
         # 4. Decode to image
         if film is not None:
-            film += [(t, self.decode(z)) for t, z in frames[::max(1, len(frames) // 8)] + frames[-1:]]
+            shown = sorted({round(i * (len(frames) - 1) / 8) for i in range(9)})
+            film += [(frames[i][0], self.decode(frames[i][1])) for i in shown]
         return self.decode(z_0)
 
     def decode(self, z_0: torch.Tensor) -> np.ndarray:
@@ -218,7 +224,6 @@ def main(argv: list[str] | None = None):
         if pipeline.text_encoder.is_cut(prompt):
             print(f"the prompt is longer than {pipeline.text_encoder.max_tokens} tokens; what follows is not read: "
                   f"{prompt[:60]}…")
-    sources = None
     if cfg.image:
         if not pipeline.edits:
             raise data.UserError(f"--image: the model in {folder} was trained without edits. Rows with a \"source\" in "
@@ -244,7 +249,7 @@ def main(argv: list[str] | None = None):
     print(f"wrote {cfg.out}")
     if film:
         path = Path(cfg.out).with_name(Path(cfg.out).stem + "_film.png")
-        data.save_png(data.grid([list(row) for row in zip(*(pictures for _, pictures in film))],
+        data.save_png(data.grid([list(row) for row in zip(*(frame for _, frame in film))],
                                 heads=[f"t = {t}" for t, _ in film]), path, settings)
         print(f"wrote {path}: the predicted z_0, decoded, from noise to picture")
 

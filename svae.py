@@ -1,22 +1,25 @@
 """svae.py - stage 1, the Semantic VAE: a compact, KL-regularised latent space for the features of a frozen encoder.
 
-The features f of a DINOv2 are made to classify, not to be drawn: they fill a thin sheet of a space of 1024 dimensions,
-and a diffusion model trained there falls beside the sheet (the guide's Problem 1). S-VAE squeezes every feature vector
-into z, 96 numbers kept near N(0, 1), from which a decoder brings f back. Equations 4 to 11 of the guide.
+The features f of a DINOv2 are made to classify, not to be drawn: they fill a thin sheet of a space of 1024
+dimensions, and a diffusion model trained there falls beside the sheet (the guide's Problem 1). S-VAE squeezes every
+feature vector into z, 96 numbers kept near N(0, 1), from which a decoder brings f back.
 
-    x (B,3,256,256) --E, frozen--> f (B,16,16,1024) --Projector--> mu, log_var (B,16,16,96)
-                                   |                                   | z = mu + sigma * eps
-                                   '------ MSE ------ f_hat <--SemanticDecoder--'
+Eq. 4 to 11, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
+
+    x (B,3,256,256) in [-1, 1] --E, frozen--> f (B,16,16,1024) --Projector--> mu, log_var (B,16,16,96)
+                                              |                                    | z = mu + sigma * eps
+                                              '------ MSE ------ f_hat <--SemanticDecoder--'
 
     python svae.py                        the built-in world, tiny preset: @SVAE_TIME@
     python svae.py --data ./imagenet      DINOv2-L on one CUDA GPU
 
-Reads a folder of pictures. Writes out/svae.pt, out/svae.csv (every loss), out/svae.png (features as colours: the
-frozen ones above, what the latent gives back below). Run again, it goes on where it stopped.
+Reads a folder of pictures. Writes out/svae.csv (every loss term, held-out ones too), out/svae.png (three rows:
+pictures; their frozen features as colours; the features that come back from mu) and out/svae.pt (config, model,
+optimizer, step, seed, losses not logged yet, the encoder's fingerprint, versions). Run again, it goes on where it
+stopped, with the checkpoint's config: a flag that contradicts it, such as another --batch, is refused.
 Expect (tiny): @SVAE_EXPECT@
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +47,7 @@ class Config:
     weight_decay: float = 0.01              # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
     clip: float = 1.0                       # largest norm of the gradient
-    precision: str = "bf16"                 # bf16 (autocast) or fp32
+    precision: str = "bf16"                 # bf16 (autocast; losses in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
     device: str = "auto"                    # auto, cpu or cuda
     workers: int = 8                        # processes that read pictures
@@ -73,10 +76,9 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Architecture
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 4: f = E_frozen(x), f in R^(h x w x d) is data.ImageEncoder: a DINOv2 whose parameters take no gradient here.
+# ------------------------------------------------------------------------------------------------------------
+# Architecture: 2. Semantic Projector (1., the frozen encoder, is data.ImageEncoder)
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Projector(nn.Module):
@@ -97,8 +99,24 @@ class Projector(nn.Module):
         h = self.body(f)                                                    # (..., 256)
         # Eq. 5: mu, log_var = Proj(f)
         mu, log_var = self.mu(h), self.log_var(h)                           # (..., z_dim)
-        # exp(20) and exp(-30) are far outside what training reaches; past them fp32 would overflow in Eq. 11
+        # Never reached in training; without it one wild log_var > 88 makes Eq. 11 infinite in fp32.
         return mu.to(f.dtype), log_var.to(f.dtype).clamp(-30, 20)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Reparameterization Trick
+# ------------------------------------------------------------------------------------------------------------
+
+
+def reparameterize(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Eq. 6: a sample of N(mu, sigma^2) that gradients pass through; eps ~ N(0, I). All of one shape."""
+    # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
+    return mu + torch.exp(0.5 * log_var) * eps
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Semantic Decoder
+# ------------------------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -144,33 +162,9 @@ class SVAE(nn.Module):
         return self.semantic_decoder(z), mu, log_var
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reparameterization and loss
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def reparameterize(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """Eq. 6: a sample of N(mu, sigma^2) that gradients pass through; eps ~ N(0, I). All of one shape."""
-    # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
-    return mu + torch.exp(0.5 * log_var) * eps
-
-
-def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
-    """Eq. 10, 11: KL(N(mu, sigma^2) || N(0, I)) in nats: (..., z_dim) -> scalar, summed over z_dim, mean over the rest.
-
-    The guide's pseudo-code takes the mean over z_dim too, its equation the sum, z_dim times as much: the equation
-    is what is a KL divergence, and what is computed here (notes/decisions.md).
-    """
-    # Eq. 10: L_KL = D_KL( q(z|x) || p(z) ), p(z) = N(0, I)
-    # Eq. 11: L_KL = -1/2 sum_i ( 1 + log sigma_i^2 - mu_i^2 - sigma_i^2 )
-    kl = -0.5 * (1 + log_var - mu ** 2 - torch.exp(log_var)).sum(-1)        # (...)
-    return kl.mean()
-
-
-def semantic_loss(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """Eq. 9: the mean over positions and channels of the squared error of the features."""
-    # Eq. 9: L_semantic = 1/(hwd) sum_ijk ( f_hat_ijk - f_ijk )^2
-    return F.mse_loss(f_hat.to(f.dtype), f)
+# ------------------------------------------------------------------------------------------------------------
+# S-VAE Loss Function
+# ------------------------------------------------------------------------------------------------------------
 
 
 def svae_loss(f_hat, f, mu, log_var, beta: float) -> dict[str, torch.Tensor]:
@@ -180,9 +174,27 @@ def svae_loss(f_hat, f, mu, log_var, beta: float) -> dict[str, torch.Tensor]:
     return {"loss": semantic + beta * kl, "semantic": semantic, "kl": kl}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person looks at
-# ---------------------------------------------------------------------------------------------------------------------
+def semantic_loss(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """Eq. 9: the mean squared error over batch, positions and channels; both (B, h, w, d)."""
+    # Eq. 9: L_semantic = 1/(hwd) sum_ijk ( f_hat_ijk - f_ijk )^2
+    return F.mse_loss(f_hat.to(f.dtype), f)
+
+
+def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
+    """Eq. 10, 11: KL(N(mu, sigma^2) || N(0, I)) in nats, mu, log_var (B, h, w, z_dim) -> scalar.
+
+    Summed over z_dim, averaged over batch and positions. The guide's pseudo-code averages over z_dim too, which is
+    z_dim times less; its equation sums, and only the sum is a KL divergence (notes/decisions.md).
+    """
+    # Eq. 10: L_KL = D_KL( q(z|x) || p(z) ), p(z) = N(0, I)
+    # Eq. 11: L_KL = -1/2 sum_i ( 1 + log sigma_i^2 - mu_i^2 - sigma_i^2 )
+    kl = -0.5 * (1 + log_var - mu ** 2 - torch.exp(log_var)).sum(-1)
+    return kl.mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Held-out losses and preview
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -206,9 +218,9 @@ def preview(model: SVAE, encoder, x: torch.Tensor, path: Path):
     data.save_png(data.grid(rows, captions), path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training Procedures. Stage 1: Train S-VAE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: Config, checkpoint: dict | None):
@@ -218,12 +230,14 @@ def train(cfg: Config, checkpoint: dict | None):
 
         # Freeze encoder
         encoder = data.load_image_encoder(cfg.encoder).to(run.device).requires_grad_(False)
+        encoder_fingerprint = data.fingerprint(encoder)
         torch.manual_seed(cfg.seed)
         model = SVAE(encoder.dim, cfg.z_dim).to(run.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
         start = 0
         if checkpoint:
             start = checkpoint["step"]
+            data.check_encoder(encoder_fingerprint, checkpoint, cfg.encoder)
             data.load_weights(model, checkpoint["model"], run.out / "svae.pt")
             data.load_optimizer(optimizer, checkpoint["optimizer"], run.out / "svae.pt")
         if cfg.compile and run.device.type == "cuda":
@@ -232,18 +246,21 @@ def train(cfg: Config, checkpoint: dict | None):
         run.open_log(start, checkpoint and checkpoint["pending"], held_out=("loss", "semantic", "kl"))
         x_held_out = run.held_out(held_out, cfg.image_size)
 
+        # Training loop; the built-in world is not augmented: there, left means left
         for step, x in run.pictures(folder, cfg.image_size, start, augment=bool(cfg.data)):
+            # linear warm-up from peak / warmup, then a cosine to a hundredth of the peak
             rate = data.learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             h = cfg.image_size // 16
-            eps = run.randn(step, "eps", h, h, cfg.z_dim)
+            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed and step alone
 
             total = {}
             for x_part, eps_part in zip(x.chunk(cfg.micro_batches), eps.chunk(cfg.micro_batches)):
                 with run.autocast():
                     with torch.no_grad():
-                        f = encoder(x_part)                                 # Eq. 4, (B, h, w, d)
+                        # Eq. 4: f = E_frozen(x), f in R^(h x w x d)
+                        f = encoder(x_part)                                 # (B, h, w, d)
                     f_hat, mu, log_var = model(f, eps_part)
                 losses = svae_loss(f_hat, f, mu, log_var, cfg.beta)
                 (losses["loss"] / cfg.micro_batches).backward()
@@ -264,7 +281,8 @@ def train(cfg: Config, checkpoint: dict | None):
             elif done % cfg.log_every == 0:
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
-                run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(), d=encoder.dim)
+                run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         encoder_fingerprint=encoder_fingerprint)
             if stopping and not last:
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'svae.pt'}, {run.out / 'svae.csv'}, {run.out / 'svae.png'}")
@@ -276,7 +294,7 @@ def main(argv: list[str] | None = None):
     out = Path(typed.get("out", "out"))
     if typed.get("fresh"):
         data.set_aside(out, "svae.pt", "svae.csv", "svae.png")
-    checkpoint = data.load(out / "svae.pt", "svae") if (out / "svae.pt").exists() else None
+    checkpoint = data.load(out / "svae.pt", "svae") if (out / "svae.pt").exists() and not typed.get("fresh") else None
     cfg = data.configure(Config, PRESETS, typed, saved=checkpoint and checkpoint["config"])
     if checkpoint and data.is_finished(checkpoint, cfg, out / "svae.pt"):
         return

@@ -1,0 +1,51 @@
+"""Makes the model that ships: weights in half precision, without optimizer, under notes/tiny/.
+
+    python svae.py && python psvae.py
+    python notes/ship.py psvae            rounds the weights of out/psvae.pt in place, and writes notes/tiny/psvae.pt
+    python psvae.py --encode-only         latents of the rounded weights: their fingerprint is that of what ships
+    python dit.py
+    python notes/ship.py dit              writes notes/tiny/dit.pt: the averaged weights only
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+
+
+def half(state: dict) -> dict:
+    return {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+
+
+@data.program
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("psvae", "dit"))
+    parser.add_argument("--out", default="out", help="folder of the trained model")
+    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the small file goes")
+    args = parser.parse_args(argv)
+    path = Path(args.out) / f"{args.stage}.pt"
+    checkpoint = dict(data.load(path, args.stage))
+    key = "model" if args.stage == "psvae" else "ema"
+    checkpoint[key] = half(checkpoint[key])
+    if args.stage == "psvae":
+        rounded = dict(checkpoint, model={name: value.float() for name, value in checkpoint["model"].items()})
+        with data.atomic(path) as partial:
+            torch.save(rounded, partial)
+    else:
+        checkpoint["model"] = {}
+    for name in ("optimizer", "pending"):
+        checkpoint.pop(name, None)
+    checkpoint["config"] = checkpoint["config"] | {"out": "out"}
+    shipped = Path(args.to) / path.name
+    with data.atomic(shipped) as partial:
+        torch.save(checkpoint, partial)
+    print(f"{shipped}: {data.human(shipped.stat().st_size)}, step {checkpoint['step']:,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

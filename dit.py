@@ -474,7 +474,7 @@ def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
 
 def train(cfg: Config, checkpoint: dict | None, meta: dict):
     with data.Run(cfg, "dit", terms=("loss", "grad_norm")) as run:
-        rows = [json.loads(line) for line in open(run.out / "latents/rows.jsonl", encoding="utf-8")]
+        rows = read_rows(run.out, meta)
         texts = encode_texts(cfg, run, ["", *sorted({row["text"] for row in rows} - {""})])
         latents = Latents(run.out / "latents", meta, rows, texts)
         captions, edits = latents.rows(False, False), latents.rows(False, True) if cfg.edit_fraction else []
@@ -568,11 +568,29 @@ def read_meta(out: Path) -> dict:
         meta = json.loads(path.read_text())
         if meta["format"] != data.FORMAT:
             raise data.UserError(f"{path} has format {meta['format']}; this code reads format {data.FORMAT}.")
-        return meta
+        return {key: meta[key] for key in ("fingerprint", "preset", "latents", "grid", "z_dim", "mean", "variance")}
     except FileNotFoundError:
         raise data.UserError(f"{path} is not there; first run: python psvae.py (it writes the latents at its end).")
     except (ValueError, KeyError, TypeError):
         raise data.UserError(f"{path} is damaged; write the latents again: python psvae.py --encode-only")
+
+
+def read_rows(out: Path, meta: dict) -> list[dict]:
+    """out/latents/rows.jsonl. Raises UserError where it is damaged or does not fit mu.npy and log_var.npy."""
+    folder = out / "latents"
+    try:
+        with open(folder / "rows.jsonl", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        shapes = {np.load(folder / f"{name}.npy", mmap_mode="r").shape
+                  for name in (("mu", "log_var") if meta["latents"] == "both" else ("mu",))}
+        (shape,) = shapes
+        if shape[1:] != (meta["grid"], meta["grid"], meta["z_dim"]) or not all(
+                isinstance(row["text"], str) and 0 <= row["image"] < shape[0] and 0 <= row.get("source", 0) < shape[0]
+                for row in rows):
+            raise ValueError(f"rows and latents of shape {shape} do not fit")
+        return rows
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise data.UserError(f"{folder} is damaged ({error}); write the latents again: python psvae.py --encode-only")
 
 
 @data.program
@@ -585,9 +603,13 @@ def main(argv: list[str] | None = None):
         data.set_aside(out, "dit.pt", "dit.csv", "dit.png")
     checkpoint = data.load(out / "dit.pt", "dit") if (out / "dit.pt").exists() and not typed.get("fresh") else None
     meta = read_meta(out)
+    encoder = data.load(out / "psvae.pt", "psvae") if (out / "psvae.pt").exists() else {}
+    if encoder.get("fingerprint", meta["fingerprint"]) != meta["fingerprint"]:
+        raise data.UserError(f"{out}/latents were made by another psvae.pt than the one beside them. Write them again: "
+                             f"python psvae.py --encode-only")
     if checkpoint and checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
         raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than {out}/latents "
-                             f"({checkpoint['psvae'][:12]} and {meta['fingerprint'][:12]}). Start over with --fresh.")
+                             f"({checkpoint['psvae_fingerprint'][:12]} and {meta['fingerprint'][:12]}). Start over with --fresh.")
     inherited = data.inherit(None if checkpoint else meta, ("preset",), typed, out / "latents")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])
     if checkpoint and data.is_finished(checkpoint, cfg, out / "dit.pt"):

@@ -94,8 +94,8 @@ class Config:
 PRESETS = {
     "full": {},
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(64, 64, 48, 24), lpips_weight=0.0,
-                 steps=2000, batch=32, learning_rate=2e-3, encoder_lr_scale=0.25, warmup=50, precision="fp32",
-                 compile=False, workers=0, log_every=10, eval_every=250, save_every=250),
+                 steps=4800, batch=16, learning_rate=1e-3, encoder_lr_scale=0.5, warmup=50, precision="fp32",
+                 compile=False, workers=0, log_every=20, eval_every=400, save_every=400),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")       # from svae.pt, unless typed
 
@@ -500,7 +500,8 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
                 run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         encoder_description=model.encoder.description, encoder_fingerprint=encoder_fingerprint)
+                         encoder_description=model.encoder.description, encoder_fingerprint=encoder_fingerprint,
+                         fingerprint=model.fingerprint())
             if stopping:                                # in the last step too: the latents are still to come
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'psvae.pt'}, {run.out / 'psvae.csv'}, {run.out / 'psvae.png'}")

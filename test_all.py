@@ -7,16 +7,31 @@ claim. Second half: folders, checkpoints, resume, the command line, the scripts 
 notes/mutants.py breaks each equation on purpose and sees its test go red.
 """
 
+import ast
+import csv
 import inspect
+import json
 import math
+import os
+import pickle
+import random
 import re
 import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import dit
@@ -30,9 +45,9 @@ HERE = Path(data.__file__).parent
 STAGES = {"svae": svae, "psvae": psvae}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Independent forms, in float64 numpy
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def randn(*shape, seed=0):
@@ -101,51 +116,125 @@ def stage(request):
     return STAGES[request.param]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fixtures: encoders of the real architectures, a small world, and a run of all stages
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Fixtures, and what the second half shares
+# ------------------------------------------------------------------------------------------------------------
+
+# A run of a second: 32 px, 2 x 2 latents; 120 pictures at 48 a step, so that an epoch ends inside the third step
+COMMON = "--steps 7 --batch 48 --warmup 2 --log-every 2 --eval-every 5 --save-every 4 --workers 0 --device cpu".split()
+SVAE = ["--preset", "tiny", "--image-size", "32", "--z-dim", "8", "--count", "120", *COMMON]
+PSVAE = ["--widths", "8,8,8,8", *COMMON]
+DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *COMMON]
 
 
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory):
-    """(DINOv2 folder, T5 folder) of the smallest sizes, saved as the real ones are."""
+    """Untrained encoders of the true architectures, saved as transformers saves them: (image folder, text folder)."""
+    from notes import pretrain_tiny
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
-    folder = tmp_path_factory.mktemp("encoders")
+    top = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=28,
-                             patch_size=14)).save_pretrained(folder / "image")
-    tokenizer = pretrain_tiny.build_tokenizer(["a red circle above a blue square", "make the star green"] * 9, 400)
+                             patch_size=14)).save_pretrained(top / "image")
+    tokenizer = pretrain_tiny.build_tokenizer(["a red circle above a blue square", "make the star green"] * 3, 400)
     T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2, num_layers=2,
-                            feed_forward_proj="gated-gelu")).save_pretrained(folder / "text")
-    tokenizer.save_pretrained(folder / "text")
-    return str(folder / "image"), str(folder / "text")
+                            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+                            decoder_start_token_id=0)).save_pretrained(top / "text")
+    tokenizer.save_pretrained(top / "text")
+    return str(top / "image"), str(top / "text")
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A built-in world of 120 pictures."""
+    """The built-in world with 120 pictures."""
     from notes import world
-    folder = tmp_path_factory.mktemp("world") / "world"
-    world.write(folder, count=120)
-    return folder
+    return world.write(tmp_path_factory.mktemp("data") / "world", count=120)
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, world, encoders):
-    """An out folder in which all stages ran for a few steps; tests that write into it take a copy."""
+def trained(tmp_path_factory, encoders, world):
+    """An out/ folder in which all three stages ran for 7 steps: to be copied, never written to."""
     out = tmp_path_factory.mktemp("trained") / "out"
     shutil.copytree(world, out / "world")
-    few = ["--out", str(out), "--steps", "4", "--batch", "4", "--warmup", "1", "--log-every", "1", "--eval-every", "2",
-           "--save-every", "2", "--workers", "0"]
-    assert svae.main([*few, "--encoder", encoders[0], "--image-size", "32", "--z-dim", "8"]) == 0
-    assert psvae.main([*few, "--widths", "16,16,8,8"]) == 0
-    assert dit.main([*few, "--text-encoder", encoders[1], "--width", "32", "--depth", "2", "--heads", "2"]) == 0
+    assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out)]) == 0
+    assert psvae.main([*PSVAE, "--out", str(out)]) == 0
+    assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def copy(trained, tmp_path):
+    """copy("svae.pt", ...) -> a new out/ folder with the world and these files of the trained one."""
+    def copied(*names):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        for name in ("world", *names):
+            if (trained / name).is_dir():
+                shutil.copytree(trained / name, out / name)
+            else:
+                shutil.copy(trained / name, out / name)
+        return out
+    return copied
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, flag, ...) -> the one line of its refusal: exit code 2, no traceback, nothing else on stderr."""
+    def call(main, *argv):
+        capsys.readouterr()
+        assert main([str(word) for word in argv]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and len(errors[0]) < 1200, errors
+        return errors[0]
+    return call
+
+
+def picture(path, colour=(200, 30, 40), size=(20, 16), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+    return path
+
+
+def touch(folder, *names):
+    """Empty files: listing a folder opens no picture."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def texts(folder):
+    return {folder.images[image]: text for image, text, _ in folder.rows}
+
+
+def everything(name, **options):
+    """Training and held-out pictures together: {name: text}."""
+    train, held_out = data.read_folder(str(name), **options)
+    return texts(train) | texts(held_out)
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def losses(path):
+    with open(path, newline="") as lines:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The equations: problem formulation
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_eq_2_contrastive_loss_is_minus_log_of_the_positive_share():
@@ -172,9 +261,9 @@ def test_eq_2_equal_captions_are_no_negatives():
     same(with_twin, np.mean(rows), 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # S-VAE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_eq_4_the_frozen_encoder_takes_no_gradient_and_stays_as_it_was(encoders, tmp_path, world):
@@ -285,9 +374,9 @@ def test_eq_11_kl_sums_over_channels_and_averages_over_positions(stage):
     same(twice, 2 * stage.kl_divergence(mu, log_var))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PS-VAE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Projector", "ResidualBlock", "SemanticDecoder", "reparameterize", "kl_divergence"])
@@ -443,9 +532,9 @@ def test_eq_19_lpips_is_frozen_and_its_gradient_is_finite_on_flat_pictures(lpips
     assert torch.isfinite(dead.grad).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Diffusion process
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_eq_20_forward_process_has_mean_and_variance_of_q():
@@ -498,9 +587,9 @@ def test_eq_23_ddim_with_eta_1_and_all_steps_is_the_ddpm_posterior(t):
     same(sample.ddim_step(z_t, eps, ab[t], ab[t - 1], 1.0, noise)[0], mean + deviation * noise, 1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DiT architecture
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def micro_dit(depth=2, seed=0, **kwargs):
@@ -662,9 +751,9 @@ def test_recomputing_activations_changes_no_gradient():
     same(*grads, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training objective
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_eq_32_loss_is_the_mean_squared_error_of_the_noise():
@@ -724,9 +813,9 @@ def test_text_is_dropped_at_its_rate_and_the_source_never_alone():
     assert abs(np.mean([k[1] for k in edits if not k[2]]) - 0.1) < 0.015
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Inference
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_eq_33_guidance():
@@ -830,9 +919,9 @@ def test_eq_34_agrees_with_diffusers(steps, eta):
         assert (ours - theirs).abs().max().item() < 1e-5 * max(1, scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a person reads: numbers and names
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_psnr_ssim_and_frechet_distance_against_their_definitions():
@@ -874,3 +963,1193 @@ def test_every_equation_stands_in_the_code_in_order_and_has_a_test():
             assert str(number) in tests, f"no test for Eq. {number}"
             assert any(re.match(rf"\s*# (DEVIATION.*)?Eq\. {number}:", line) or re.search(rf"# Eq\. {number}(,|:| |$)", line)
                        for line in lines), f"Eq. {number} is not in {name}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders of images and captions
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_give_their_names_as_captions(tmp_path):
+    touch(tmp_path, "red_fox/1.png", "red_fox/deep/2.JPEG", "grey-wolf/3.webp", "grey-wolf/notes.md")
+    assert everything(tmp_path) == {"red_fox/1.png": "red fox", "red_fox/deep/2.JPEG": "red fox",
+                                    "grey-wolf/3.webp": "grey wolf"}
+
+
+@pytest.mark.parametrize("inner", ["train", "ILSVRC/Data/CLS-LOC/train"])
+def test_imagenet_is_captioned_by_the_first_name_of_its_class_and_val_is_held_out(tmp_path, inner):
+    touch(tmp_path, f"{inner}/n01440764/a.JPEG", f"{inner}/n01443537/b.JPEG",
+          f"{inner}/../val/ILSVRC2012_val_00000001.JPEG")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius\n")
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01443537 1 2 3 4\n")
+    train, held_out = data.read_folder(str(tmp_path))
+    assert texts(train) == {"n01440764/a.JPEG": "tench", "n01443537/b.JPEG": "goldfish"}
+    assert texts(held_out) == {"ILSVRC2012_val_00000001.JPEG": "goldfish"}
+    assert os.path.isfile(train.path(0)) and os.path.isfile(held_out.path(0))
+
+
+METADATA = [{"file_name": "a.png", "text": "a fox, red"}, {"file_name": "sub/b.png", "text": 'the "big"\none'},
+            {"file_name": "./sub/b.png", "text": "make it big", "source": "a.png"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl with a mark and blank lines"])
+def test_metadata_gives_captions_and_edits(tmp_path, kind):
+    touch(tmp_path, "a.png", "sub/b.png", "unnamed.png")
+    if kind == "csv":
+        with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["file_name", "text", "source"])
+            writer.writeheader()
+            writer.writerows(METADATA)
+    else:
+        mark, gap = ("\ufeff", "\r\n\n") if "mark" in kind else ("", "\n")
+        (tmp_path / "metadata.jsonl").write_text(mark + gap.join(map(json.dumps, METADATA)) + gap, encoding="utf-8")
+    train, _ = data.read_folder(str(tmp_path))
+    assert (train.layout, train.images) == ("metadata", ["a.png", "sub/b.png"])
+    assert train.rows == [(0, "a fox, red", -1), (1, 'the "big"\none', -1), (1, "make it big", 0)]
+
+
+def test_a_text_file_beside_each_picture_is_its_caption(tmp_path):
+    touch(tmp_path, "a.png", "b.v2.jpg")
+    (tmp_path / "a.txt").write_text(" one fox \n")
+    (tmp_path / "b.v2.txt").write_text("два", encoding="utf-8")
+    assert everything(tmp_path) == {"a.png": "one fox", "b.v2.jpg": "два"}
+
+
+def test_a_picture_without_its_text_file_is_counted_as_skipped(tmp_path):
+    touch(tmp_path, "a.png", "a.txt", "b.png")
+    with pytest.raises(data.UserError, match=r"1 of 2 rows .*'b.png': no .txt beside it"):
+        data.read_folder(str(tmp_path))
+    assert everything(tmp_path, max_broken=0.5).keys() == {"a.png"}
+
+
+def test_a_plain_folder_gives_file_names_as_captions(tmp_path):
+    touch(tmp_path, "red_fox-in snow.png", "b.gif")
+    assert everything(tmp_path) == {"red_fox-in snow.png": "red fox in snow", "b.gif": "b"}
+
+
+def test_pictures_come_in_sorted_order_however_the_files_were_made(tmp_path):
+    names = [f"{i}.png" for i in range(30)]
+    one, two = touch(tmp_path / "one", *names), touch(tmp_path / "two", *names[::-1])
+    (a, _), (b, _) = data.read_folder(str(one)), data.read_folder(str(two))
+    assert a.images == b.images == sorted(a.images) and a.rows == b.rows
+
+
+def test_two_percent_are_held_out_and_none_changes_sides_when_the_folder_grows(tmp_path):
+    train, held_out = data.read_folder(str(touch(tmp_path, *(f"{i}.png" for i in range(1000)))))
+    assert 8 <= len(held_out.images) <= 40 and len(train.images) + len(held_out.images) == 1000
+    more, more_held_out = data.read_folder(str(touch(tmp_path, *(f"new {i}.png" for i in range(500)))))
+    assert set(train.images) < set(more.images) and set(held_out.images) < set(more_held_out.images)
+
+
+def test_no_picture_of_a_training_edit_is_held_out(tmp_path):
+    names = [f"{i}.png" for i in range(400)]
+    touch(tmp_path, *names)
+    rows = [{"file_name": name, "text": "change", "source": names[i - 1]} for i, name in enumerate(names)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held_out = data.read_folder(str(tmp_path))
+    held = {name for name in names if zlib.crc32(name.encode()) % data.HELD_OUT == 0}
+    assert held and not held & set(train.images) and held <= set(held_out.images)
+    assert len(train.rows) + len(held_out.rows) == 400
+    assert all(names.index(part.images[image]) - names.index(part.images[source]) in (1, -399)
+               for part in (train, held_out) for image, _, source in part.rows)         # still the right pairs
+
+
+def test_the_world_is_read_like_any_folder(world):
+    train, held_out = data.read_folder("", out=str(world.parent))
+    assert len(train.images) == 120 and len(held_out.images) == 5 and not train.skipped
+    assert sum(source >= 0 for _, _, source in train.rows) == 48
+    assert (held_out.root, held_out.layout) == (world / "val", "metadata")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hostile and broken data
+# ------------------------------------------------------------------------------------------------------------
+
+
+def png(width, height, colour_type, depth, rows):
+    """A PNG made by hand: what Pillow would not write."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def readable_zoo(folder):
+    """Pictures of every kind that must be read, with a pixel and what it must be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture(folder / "cmyk.jpg", (0, 255, 255, 0), mode="CMYK", quality=95)
+    (folder / "deep.png").write_bytes(png(4, 4, 0, 16, b"".join(b"\0" + b"\x80\x10" * 4 for _ in range(4))))
+    (folder / "deep and dark.png").write_bytes(png(4, 4, 0, 16, b"".join(b"\0" + b"\x00\xc8" * 4 for _ in range(4))))
+    picture(folder / "bit.png", 1, mode="1")
+    picture(folder / "grey.png", 77, mode="L")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 255, 0, 255, 0])
+    palette.save(folder / "palette.png", transparency=1)
+    picture(folder / "clear.png", (255, 0, 0, 128), mode="RGBA")
+    turned = Image.new("RGB", (40, 20), "blue")
+    turned.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # to be turned by 90 degrees
+    turned.save(folder / "turned.jpg", exif=exif, quality=95)
+    Image.new("RGB", (8, 8), "red").save(folder / "moving.gif", save_all=True,
+                                         append_images=[Image.new("RGB", (8, 8), "blue")])
+    picture(folder / "dot.png", size=(1, 1))
+    picture(folder / "long.png", size=(1, 10_000))
+    picture(folder / "name with spaces.png")
+    picture(folder / "line\nbreak.png")
+    picture(folder / "картина 画.png")
+    return {"cmyk.jpg": (255, 0, 0), "deep.png": (128,) * 3, "deep and dark.png": (0,) * 3, "bit.png": (255,) * 3,
+            "grey.png": (77,) * 3, "palette.png": (255,) * 3, "clear.png": (255, 127, 127), "turned.jpg": (255, 0, 0),
+            "moving.gif": (255, 0, 0), **dict.fromkeys(("dot.png", "long.png", "name with spaces.png",
+                                                        "line\nbreak.png", "картина 画.png"), (200, 30, 40))}
+
+
+def broken_zoo(folder):
+    """Pictures that cannot be read; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    noise.save(folder / "cut.jpg")
+    whole = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "empty.png").touch()
+    (folder / "letter.png").write_text("not a picture at all")
+    (folder / "bomb.png").write_bytes(png(60_000, 60_000, 2, 8, b""))
+    (folder / "no pixels.png").write_bytes(png(8, 8, 2, 8, b""))
+    return ["cut.jpg", "empty.png", "letter.png", "bomb.png", "no pixels.png"]
+
+
+def test_every_kind_of_picture_is_converted_as_a_person_sees_it(tmp_path):
+    for name, colour in readable_zoo(tmp_path).items():
+        image = data.open_image(tmp_path / name)
+        assert image.mode == "RGB" and np.allclose(image.getpixel((0, 0)), colour, atol=4), name
+        for rng in (None, np.random.default_rng(0)):
+            pixels = data.square(image, 32, rng)
+            assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8), name
+
+
+def test_a_rotation_in_exif_is_applied(tmp_path):
+    readable_zoo(tmp_path)
+    image = data.open_image(tmp_path / "turned.jpg")
+    assert image.size == (20, 40)
+    assert np.allclose(image.getpixel((10, 5)), (255, 0, 0), atol=6)
+    assert np.allclose(image.getpixel((10, 35)), (0, 0, 255), atol=6)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    rows = b"\0" + b"".join(struct.pack(">H", value) for value in (0, 256, 32768, 65535))
+    (tmp_path / "ramp.png").write_bytes(png(4, 1, 0, 16, rows))
+    assert np.asarray(data.open_image(tmp_path / "ramp.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_broken_picture_is_replaced_by_the_next_readable_one_and_named(tmp_path):
+    for name in broken_zoo(tmp_path):
+        os.rename(tmp_path / name, tmp_path / f"b {name}")
+    picture(tmp_path / "a.png", (10, 10, 10))
+    picture(tmp_path / "c.png", (99, 99, 99))
+    folder = data.Folder(tmp_path, "file names", sorted(os.listdir(tmp_path)))
+    pictures = data.Pictures(folder, 32)
+    for _ in range(2):
+        image, broken = pictures[(1, None)]
+        assert image.unique().tolist() == [99] and [index for index, _ in broken] == [1, 2, 3, 4, 5]
+    assert pictures[(len(folder.images) - 1, None)][1] == []
+    folder.images = folder.images[:-1]
+    assert pictures[(5, 7)][0].unique().tolist() == [10]                # round the end, to the first
+
+
+def test_workers_bring_the_same_pictures_as_none(world):
+    folder, _ = data.read_folder("", out=str(world.parent))
+    keys = lambda step: [(int(i), 11 + int(i)) for i in data.order(0, "x", 120, 8, step)]
+    one, two = (list(data.batches(data.Pictures(folder, 32), keys, 1, 4, workers)) for workers in (0, 2))
+    assert len(one) == 3 and all(torch.equal(a[0], b[0]) for a, b in zip(one, two))
+
+
+def zoo_flags(encoders, folder, out):
+    return ["--data", folder, "--preset", "tiny", "--encoder", encoders[0], "--image-size", 32, "--z-dim", 8, "--out", out,
+            *COMMON, "--batch", 8]
+
+
+def test_too_many_broken_pictures_end_a_run_with_their_count(tmp_path, encoders, refused):
+    readable_zoo(tmp_path / "zoo"), broken_zoo(tmp_path / "zoo")
+    line = refused(svae.main, *zoo_flags(encoders, tmp_path / "zoo", tmp_path / "out"))
+    assert re.search(r"[1-5] of \d+ pictures are unusable.*--max-broken 0.01", line)
+    assert not (tmp_path / "out/svae.pt").exists()
+
+
+def test_with_max_broken_1_a_run_names_what_it_skips_and_the_latents_have_no_row_for_it(tmp_path, encoders, capsys):
+    good, bad = readable_zoo(tmp_path / "zoo"), broken_zoo(tmp_path / "zoo")
+    (tmp_path / "zoo/outside.png").symlink_to(picture(tmp_path / "secret.png", (1, 2, 3)))
+    flags = [str(word) for word in zoo_flags(encoders, tmp_path / "zoo", tmp_path / "out")]
+    assert psvae.main([*flags, *PSVAE[:2], "--max-broken", "1", "--lpips-weight", "0"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"cannot read {name!r}" in said for name in bad)
+    rows = [json.loads(line) for line in open(tmp_path / "out/latents/rows.jsonl", encoding="utf-8")]
+    assert len(rows) == len(good) and len({row["image"] for row in rows}) == len(good)
+    assert {row["text"] for row in rows} == {data._words(name.rsplit(".", 1)[0]) for name in good}
+    meta = json.loads((tmp_path / "out/latents/meta.json").read_text())
+    assert (meta["count"], meta["broken"]) == (len(good), len(bad))
+
+
+HOSTILE = ['{"file_name": "../secret.png", "text": "up"}', '{"file_name": "sub/../../secret.png", "text": "up"}',
+           '{"file_name": "%s/secret.png", "text": "absolute"}', '{"file_name": "outside.png", "text": "a link"}',
+           '{"file_name": "a.png", "text": "half a l', '[]', '7', '{"file_name": "a.png"}', '{"text": "no name"}',
+           '{"file_name": ["a.png"], "text": "a list"}', '{"file_name": "a.png", "text": "edit", "source": "gone.png"}',
+           '{"file_name": "a.png", "text": "edit", "source": "../secret.png"}', '{"file_name": "/dev/zero", "text": "x"}',
+           '{"file_name": "a.png", "text": 5}', "[" * 100_000, '{"file_name": "a\\u0000.png", "text": "x"}',
+           '{"file_name": "table.json", "text": "no picture"}']
+
+
+def hostile_table(tmp_path):
+    folder = tmp_path / "in"
+    picture(folder / "a.png"), picture(tmp_path / "secret.png", (1, 2, 3)), touch(folder, "sub/b.png", "table.json")
+    (folder / "outside.png").symlink_to(tmp_path / "secret.png")
+    good = [{"file_name": "a.png", "text": ""}, {"file_name": "a.png", "text": "x" * 100_000},
+            {"file_name": "a.png", "text": "\ud800 broken"}]
+    lines = [line.replace("%s", str(tmp_path)) for line in HOSTILE] + [json.dumps(row) for row in good]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_hostile_rows_are_counted_and_named_and_none_leaves_the_folder(tmp_path, capsys):
+    folder = hostile_table(tmp_path)
+    with pytest.raises(data.UserError, match=rf"{len(HOSTILE)} of {len(HOSTILE) + 3} rows of .* are unusable"):
+        data.read_folder(str(folder))
+    train, _ = data.read_folder(str(folder), max_broken=1)
+    assert f"{len(HOSTILE)} of {len(HOSTILE) + 3} rows" in capsys.readouterr().out
+    assert len(train.skipped) == len(HOSTILE) and train.images == ["a.png"]
+    assert sum("leaves the folder" in line for line in train.skipped) == 5
+    assert all(re.match(rf"metadata.jsonl row {i}: .", line) for i, line in enumerate(train.skipped, 1))
+    assert [len(text) for _, text, _ in train.rows] == [0, 100_000, 8]
+    assert all(text.encode("utf-8") is not None for _, text, _ in train.rows)           # rows.jsonl will hold it
+
+
+def test_hostile_rows_in_a_csv_are_counted_and_named(tmp_path):
+    touch(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,good\n../a.png,up\na.png\na.png,x,too,many\n,\n'
+                                           'a.png,"never closed\na.png,swallowed\n')
+    train, _ = data.read_folder(str(tmp_path), max_broken=1)
+    assert [text for _, text, _ in train.rows] == ["good", "x"] and len(train.skipped) == 4
+
+
+def test_a_table_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
+    touch(tmp_path / "in", "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "secret"}\n')
+    (tmp_path / "in/metadata.jsonl").symlink_to(tmp_path / "metadata.jsonl")
+    with pytest.raises(data.UserError, match="metadata.jsonl.* leaves the folder"):
+        data.read_folder(str(tmp_path / "in"), max_broken=0)
+    assert "secret" not in everything(tmp_path / "in", max_broken=1).values()
+
+
+def test_links_that_leave_the_folder_are_refused_and_links_inside_are_followed(tmp_path):
+    picture(tmp_path / "in/a.png"), picture(tmp_path / "out/b.png"), touch(tmp_path / "in/sub", "c.png")
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "in/a.png")
+    (tmp_path / "in/leaves.png").symlink_to(tmp_path / "out/b.png")
+    (tmp_path / "in/folder").symlink_to(tmp_path / "out")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    images, _, refused = data._listing(tmp_path / "in")
+    assert images == {"a.png", "link.png", "sub/c.png"}
+    assert sorted(refused) == ["'folder': a link that leaves the folder", "'leaves.png': a link that leaves the folder",
+                               "'loop': a link to a folder"]
+
+
+def test_a_pipe_with_the_name_of_a_picture_does_not_hang_a_run(tmp_path):
+    picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    images, _, refused = data._listing(tmp_path)
+    assert images == {"a.png"} and "pipe.png" in refused[0]
+
+
+def test_a_file_name_that_is_no_unicode_gives_a_caption_that_can_be_written(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/red\xff.png")
+    train, _ = data.read_folder(str(tmp_path))
+    assert train.rows[0][1].encode("utf-8").startswith(b"red") and data.Pictures(train, 32)[(0, None)][1] == []
+
+
+def test_one_picture_is_enough_for_a_run(tmp_path, encoders):
+    picture(tmp_path / "in/a.png")
+    assert svae.main([str(word) for word in zoo_flags(encoders, tmp_path / "in", tmp_path / "out")]) == 0
+
+
+def test_held_out_pictures_that_are_broken_are_named(tmp_path, encoders, capsys):
+    picture(tmp_path / "in/train/a.png"), touch(tmp_path, "in/val/broken.png"), picture(tmp_path / "in/val/c.png")
+    assert svae.main([str(word) for word in zoo_flags(encoders, tmp_path / "in", tmp_path / "out")]) == 0
+    assert "broken.png" in capsys.readouterr().out
+
+
+def test_data_py_counts_everything_and_names_what_is_broken(tmp_path, capsys):
+    good, bad = readable_zoo(tmp_path / "zoo"), broken_zoo(tmp_path / "zoo")
+    assert data.main(["--data", str(tmp_path / "zoo"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"broken or skipped: {len(bad)}" in said and all(repr(name) in said for name in bad)
+    assert "layout file names" in said and Image.open(tmp_path / "data.png").width > 500
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pretrained networks
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_registers(tmp_path_factory):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    folder = tmp_path_factory.mktemp("registers")
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        num_register_tokens=3)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers"])
+def test_features_are_the_networks_own_patch_tokens(kind, encoders, with_registers):
+    encoder = data.load_image_encoder(encoders[0] if kind == "plain" else with_registers)
+    x = torch.rand(2, 3, 48, 48) * 2 - 1
+    seen = []
+    encoder.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    f = encoder(x)
+    assert seen[0].shape == (2, 3, 42, 42)                              # 14 px for each of 3 x 3 cells
+    tokens = encoder.network(pixel_values=seen[0]).last_hidden_state
+    assert tokens.shape[1] == 9 + (1 if kind == "plain" else 4)
+    assert torch.equal(f, tokens[:, -9:].unflatten(1, (3, 3))) and f.dtype == torch.float32
+
+
+def test_a_patch_sees_its_own_cell_of_the_picture(encoders):
+    encoder = data.load_image_encoder(encoders[0])
+    x = torch.zeros(1, 3, 64, 64)
+    x[:, :, 16:32, 48:] = 1                                             # row 1, column 3 of 4 x 4 cells
+    embed = encoder.network.embeddings.patch_embeddings
+    kept = []
+    embed.register_forward_hook(lambda *args: kept.append(args[2]))
+    encoder(torch.zeros_like(x)), encoder(x)
+    change = (kept[1] - kept[0]).norm(dim=-1).view(4, 4)
+    assert change.argmax() == 1 * 4 + 3 and change[3, 0] == 0
+
+
+def test_the_mean_colour_of_imagenet_is_zero_to_the_network_and_one_deviation_is_one(encoders):
+    encoder = data.load_image_encoder(encoders[0])
+    seen = []
+    encoder.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for x in (mean, mean + std):
+        encoder((x * 2 - 1).expand(1, 3, 32, 32))
+    assert seen[0].abs().max() < 1e-5 and (seen[1] - 1).abs().max() < 1e-5
+
+
+def test_the_image_encoder_stays_in_eval_mode_and_its_mask_token_frozen(encoders):
+    encoder = data.load_image_encoder(encoders[0])
+    torch.nn.Sequential(encoder).train()
+    assert not any(module.training for module in encoder.modules())
+    assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == ["network.embeddings.mask_token"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers"])
+def test_a_description_rebuilds_the_encoder(kind, encoders, with_registers):
+    encoder = data.load_image_encoder(encoders[0] if kind == "plain" else with_registers)
+    again = data.build_image_encoder(json.loads(json.dumps(encoder.description)))
+    again.load_state_dict(encoder.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(encoder(x), again(x)) and again.description == encoder.description
+
+
+def test_another_kind_of_network_is_refused(encoders):
+    with pytest.raises(data.UserError, match="'dinov2' model; needed: t5"):
+        data.load_text_encoder(encoders[0])
+    with pytest.raises(data.UserError, match="'t5' model; needed: dinov2"):
+        data.load_image_encoder(encoders[1])
+
+
+@pytest.mark.parametrize("how", ["a weight is missing", "a weight is too many", "a weight has another shape", "cut in half",
+                                 "no config", "no weights"])
+def test_a_folder_with_half_a_network_is_refused(tmp_path, encoders, how):
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(encoders[0], tmp_path / "encoder")
+    path, weights = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    name = "layernorm.weight"
+    if how == "a weight is missing":
+        save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    elif how == "a weight is too many":
+        save_file(weights | {"surplus": torch.zeros(1)}, path, {"format": "pt"})
+    elif how == "a weight has another shape":
+        save_file(weights | {name: torch.zeros(7)}, path, {"format": "pt"})
+    elif how == "cut in half":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    elif how == "no config":
+        (folder / "config.json").write_text("{")
+    else:
+        path.unlink()
+    with pytest.raises(data.UserError, match=re.escape(str(folder))):
+        data.load_image_encoder(str(folder))
+
+
+def test_a_t5_with_its_decoder_loads_like_the_encoder_alone(tmp_path, encoders):
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(encoders[1], tmp_path / "text")
+    weights = load_file(folder / "model.safetensors")
+    whole = {"lm_head.weight": torch.zeros(400, 32), "decoder.final_layer_norm.weight": torch.zeros(32)}
+    save_file(weights | whole, folder / "model.safetensors", {"format": "pt"})
+    one, two = (data.load_text_encoder(str(name))(["a red circle"])[0] for name in (folder, encoders[1]))
+    assert torch.equal(one, two)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path, encoders):
+    folder = shutil.copytree(encoders[1], tmp_path / "text")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(data.UserError, match="tokenizer"):
+        data.load_text_encoder(str(folder))
+
+
+def test_a_name_that_is_not_cached_is_refused_within_seconds_where_no_network_answers(monkeypatch):
+    def no_route(*_, **__):
+        raise OSError("no route")
+    monkeypatch.setattr(data.socket, "create_connection", no_route)
+    begin = time.monotonic()
+    with pytest.raises(data.UserError, match="facebook/dinov2-nowhere is not cached and no network answers"):
+        data.load_image_encoder("facebook/dinov2-nowhere")
+    with pytest.raises(data.UserError, match="no such folder: ./nowhere"):
+        data.load_image_encoder("./nowhere")
+    assert time.monotonic() - begin < 5
+
+
+def test_texts_are_embedded_alike_alone_and_padded_beside_longer_ones(encoders):
+    encoder = data.load_text_encoder(encoders[1])
+    captions = ["a red circle", "", "a blue square above a red circle, and a star", "円"]
+    c, mask = encoder(captions)
+    assert c.dtype == torch.float32 and mask.dtype == torch.bool
+    for i, caption in enumerate(captions):
+        alone, alone_mask = encoder([caption])
+        assert alone_mask.all() and mask[i].sum() == alone.shape[1]
+        assert (c[i][mask[i]] - alone[0]).abs().max() < 1e-5, caption
+    assert mask[1].sum() == 1                                           # "" is the single token </s>
+
+
+def test_a_text_is_cut_at_the_limit_and_keeps_its_end_token(encoders):
+    encoder = data.load_text_encoder(encoders[1], max_tokens=12)
+    ids = encoder.tokenize(["word " * 50])["input_ids"]
+    assert ids.shape == (1, 12) and ids[0, -1] == encoder.tokenizer.eos_token_id
+    assert encoder.is_cut("word " * 50) and not encoder.is_cut("a red")
+    assert not any(p.requires_grad for p in encoder.network.parameters()) and not encoder.network.training
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The randomness of a step
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, batch", [(10, 4), (7, 7), (3, 8), (64, 1)])
+def test_every_epoch_is_another_permutation_of_the_rows_without_a_gap(count, batch):
+    drawn = np.concatenate([data.order(0, "s", count, batch, step) for step in range(4 * count)])
+    epochs = drawn[:len(drawn) // count * count].reshape(-1, count)
+    assert (np.sort(epochs, 1) == np.arange(count)).all() and len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_the_order_depends_on_seed_stage_and_step_alone():
+    late = data.order(1, "svae", 50, 8, 9).tolist()
+    data._permutation.cache_clear()
+    for other in ((2, "svae", 50, 8, 9), (1, "dit", 50, 8, 9), (1, "svae", 50, 8, 10)):
+        assert data.order(*other).tolist() != late
+    assert data.order(1, "svae", 50, 8, 9).tolist() == late
+
+
+def test_every_purpose_of_every_step_has_its_own_noise():
+    draws = {tuple(torch.randn(3, generator=data.generator(*key)).tolist())
+             for key in ((0, "a", 0, "eps"), (1, "a", 0, "eps"), (0, "b", 0, "eps"), (0, "a", 1, "eps"), (0, "a", 0, "t"))}
+    assert len(draws) == 5
+    one, two = (torch.randn(3, generator=data.generator(7, "a", 3, "t")) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("draw", [lambda run: run.randn(5, "eps", 2, 3), lambda run: run.randint(5, "t", 1, 1001),
+                                  lambda run: torch.tensor(run.mine(list(range(12))))])
+def test_the_draws_of_two_ranks_are_the_halves_of_one_process_draw(draw):
+    def rank(rank, world):
+        run = object.__new__(data.Run)
+        run.cfg, run.stage, run.device = SimpleNamespace(seed=3, batch=12), "svae", torch.device("cpu")
+        run.rank, run.world = rank, world
+        return draw(run)
+    assert torch.equal(torch.cat([rank(0, 2), rank(1, 2)]), rank(0, 1)) and not torch.equal(rank(0, 2), rank(1, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+def full_disk(*args, **_):
+    """torch.save on a disk that fills up half way."""
+    Path(args[1]).write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_goes_on_when_there_is_room(
+        stage, copy, trained, refused, monkeypatch):
+    out, main = copy(f"{stage}.pt", f"{stage}.csv", "latents", "text"), globals()[stage].main
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        line = refused(main, "--out", out, "--steps", 9)
+    assert f"{stage}.pt could not be written" in line and "No space left" in line
+    assert (out / f"{stage}.pt").read_bytes() == (trained / f"{stage}.pt").read_bytes()
+    assert not list(out.rglob("*.partial"))
+    assert main(["--out", str(out), "--steps", "9"]) == 0 and state(out / f"{stage}.pt")["step"] == 9
+
+
+def test_a_disk_that_fills_up_under_the_log_is_one_line_too(copy, refused, monkeypatch):
+    out = copy("svae.pt", "svae.csv")
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data.csv.DictWriter, "writerow", full)
+    assert "No space left" in refused(svae.main, "--out", out, "--steps", 9)
+
+
+def test_what_is_written_in_one_move_is_never_half_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), data.atomic(path) as partial:
+        partial.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with data.atomic(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def edited(change):
+    def apply(path):
+        checkpoint = state(path)
+        change(checkpoint)
+        torch.save(checkpoint, path)
+    return apply
+
+
+def first_weight(checkpoint, value):
+    name = min(checkpoint["model"])
+    checkpoint["model"][name] = value(checkpoint["model"][name])
+
+
+def first_moment(checkpoint, value):
+    moments = checkpoint["optimizer"]["state"][0]
+    moments["exp_avg"] = value(moments["exp_avg"])
+
+
+DAMAGE = {
+    "is damaged or no checkpoint": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "is damaged or no checkpoint.": lambda path: path.write_bytes(b""),
+    "is damaged or no checkpoint..": lambda path: torch.save([1, 2], path),
+    "executed": lambda path: torch.save(state(path) | {"x": Attack(path.with_name("executed"))}, path),
+    "pickled": lambda path: path.write_bytes(pickle.dumps(Attack(path.with_name("executed")))),
+    "stage 'psvae'; needed: 'svae'": edited(lambda c: c.update(stage="psvae")),
+    "has format 99": edited(lambda c: c.update(format=99)),
+    **{f"lacks {key}": edited(lambda c, key=key: c.pop(key))
+       for key in ("config", "model", "step", "versions", "optimizer", "pending")},
+    **{f"{key} is no": edited(lambda c, key=key: c.update({key: "7"})) for key in ("config", "model", "step")},
+    "optimizer does not fit (": edited(lambda c: c.update(optimizer="7")),
+    "lacks weights": edited(lambda c: c["model"].pop(min(c["model"]))),
+    "has unknown weights": edited(lambda c: c["model"].update(surplus=torch.zeros(1))),
+    "is (7,), the model needs": edited(lambda c: first_weight(c, lambda _: torch.zeros(7))),
+    "holds NaN or infinite": edited(lambda c: first_weight(c, lambda w: w * math.nan)),
+    "optimizer does not fit": edited(lambda c: first_moment(c, lambda _: torch.zeros(7))),
+    "optimizer holds NaN": edited(lambda c: first_moment(c, lambda m: m * math.inf)),
+    "optimizer lacks": edited(lambda c: c["optimizer"]["state"].clear()),
+    "the checkpoint does not fit": edited(lambda c: c["config"].update(batch="many")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_hostile_or_damaged_checkpoint_is_refused_with_a_reason_and_left_alone(what, copy, refused):
+    out = copy("svae.pt", "svae.csv")
+    DAMAGE[what](out / "svae.pt")
+    before = (out / "svae.pt").read_bytes(), (out / "svae.csv").read_bytes()
+    line = refused(svae.main, "--out", out, "--steps", 9)
+    assert what.rstrip(".") in line or " " not in what
+    assert (before == ((out / "svae.pt").read_bytes(), (out / "svae.csv").read_bytes())
+            and not (out / "executed").exists())
+
+
+@pytest.mark.parametrize("key", ["encoder_description", "model", "config"])
+def test_latents_are_not_made_with_a_psvae_that_lacks_a_part(key, copy, refused):
+    out = copy("psvae.pt")
+    edited(lambda c: c.pop(key))(out / "psvae.pt")
+    assert f"psvae.pt lacks {key}" in refused(psvae.main, "--out", out)
+
+
+@pytest.mark.parametrize("file, key", [("dit.pt", key) for key in ("ema", "shape", "psvae_fingerprint", "text_fingerprint",
+                                                               "mean", "variance", "edits", "config")])
+def test_nothing_is_sampled_from_a_checkpoint_that_lacks_a_part(file, key, copy, refused):
+    out = copy("psvae.pt", "dit.pt")
+    edited(lambda c: c.pop(key))(out / file)
+    assert f"{file} lacks {key}" in refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png")
+
+
+def test_the_fingerprint_is_that_of_the_weights_that_encode(trained):
+    model, checkpoint = psvae.load_psvae(trained / "psvae.pt")
+    print_ = model.fingerprint()
+    assert print_ == json.loads((trained / "latents/meta.json").read_text())["fingerprint"] == state(trained / "dit.pt")["psvae_fingerprint"]
+    model.pixel_decoder.head[2].bias += 1
+    model.semantic_decoder.body[0].bias += 1
+    assert model.fingerprint() == print_
+    model.projector.mu.bias[0] += 1e-3
+    assert model.fingerprint() != print_
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs: stop, go on, several processes, numbers going wrong
+# ------------------------------------------------------------------------------------------------------------
+
+
+def stop_at(patch, stage, count, method="record"):
+    """A real SIGTERM in the middle of the count-th step from now."""
+    original, left = getattr(data.Run, method), [count]
+
+    def counting(run, argument):
+        left[0] -= run.stage == stage
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, argument)
+    patch.setattr(data.Run, method, counting)
+
+
+NEEDS = {"svae": [], "psvae": ["svae.pt"], "dit": ["latents"]}
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_a_run_stopped_twice_is_bit_equal_to_one_that_was_not(stage, copy, trained, encoders, monkeypatch):
+    out, main = copy(*NEEDS[stage]), globals()[stage].main
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE, "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    for count, step in ((3, 3), (2, 5)):                                # inside the second epoch, then inside the third
+        with monkeypatch.context() as patch:
+            stop_at(patch, stage, count)
+            assert main([*flags, "--out", str(out)]) == 143
+        assert state(out / f"{stage}.pt")["step"] == step
+    assert main(["--out", str(out)]) == 0                               # no flag has to be typed again
+    one, two = state(out / f"{stage}.pt"), state(trained / f"{stage}.pt")
+    assert one["config"].pop("out") != two["config"].pop("out") and equal(one, two)
+    assert (out / f"{stage}.csv").read_bytes() == (trained / f"{stage}.csv").read_bytes()
+    assert not list(out.rglob("*.partial"))
+
+
+def test_latents_of_a_stopped_encoding_are_bit_equal_and_nothing_is_encoded_twice(copy, trained, monkeypatch):
+    out = copy("psvae.pt")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "latents", 1, "count_broken")
+        assert psvae.main(["--out", str(out)]) == 143
+    assert not (out / "latents").exists()
+    encode, calls = psvae.PSVAE.encode, []
+    monkeypatch.setattr(psvae.PSVAE, "encode", lambda model, x: calls.append(len(x)) or encode(model, x))
+    assert psvae.main(["--out", str(out)]) == 0
+    assert calls == [125 - 64]                                          # 64 of 120 + 5 pictures were done before
+    for name in ("mu.npy", "log_var.npy", "rows.jsonl", "meta.json"):
+        assert (out / "latents" / name).read_bytes() == (trained / "latents" / name).read_bytes(), name
+    assert not (out / "latents.partial").exists()
+
+
+def test_a_signal_in_the_last_step_of_stage_2_is_not_lost(copy, monkeypatch):
+    out = copy("svae.pt")
+    stop_at(monkeypatch, "psvae", 7)
+    assert psvae.main([*PSVAE, "--out", str(out)]) == 143
+    assert state(out / "psvae.pt")["step"] == 7 and not (out / "latents").exists()
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_a_finished_run_says_so_and_does_nothing(stage, copy, capsys):
+    out = copy(f"{stage}.pt", f"{stage}.csv", "latents", "text")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert globals()[stage].main(["--out", str(out)]) == 0
+    assert "is finished: 7 steps" in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_more_steps_may_be_asked_for_and_the_decay_follows_and_is_said(copy, capsys):
+    out = copy("svae.pt", "svae.csv")
+    assert svae.main(["--out", str(out), "--steps", "10"]) == 0
+    assert "--steps was 7, the decay of the learning rate follows" in capsys.readouterr().out
+    rows = losses(out / "svae.csv")
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 7, 8, 10] and state(out / "svae.pt")["config"]["steps"] == 10
+    assert rows[5]["learning_rate"] == pytest.approx(data.learning_rate(7, 10, 2, 2e-3), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage, flag, value, saved", [
+    ("svae", "--batch", "32", "48"), ("svae", "--beta", "0.5", "0.0001"), ("psvae", "--widths", "8,8,8,16", r"\(8, 8, 8, 8\)"),
+    ("psvae", "--data", "elsewhere", ""), ("dit", "--depth", "3", "2"), ("dit", "--seed", "1", "0")])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(stage, flag, value, saved, copy, refused):
+    out = copy(f"{stage}.pt", "latents")
+    line = refused(globals()[stage].main, "--out", out, flag, value, "--steps", 9)
+    assert re.search(rf"{flag} .* contradicts the checkpoint, which has {flag} {saved}", line)
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, encoders):
+    out = copy("svae.pt", f"{stage}.pt", f"{stage}.csv", f"{stage}.png", "latents")
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE, "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    assert globals()[stage].main([*flags, "--out", str(out), "--fresh", "--seed", "5"]) == 0
+    for name in (f"{stage}.pt", f"{stage}.csv", f"{stage}.png"):
+        assert (out / "old-1" / name).read_bytes() == (trained / name).read_bytes()
+    old, new = state(out / "old-1" / f"{stage}.pt"), state(out / f"{stage}.pt")
+    assert new["config"]["seed"] == 5 and not equal(old["model"], new["model"])
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_micro_batches_give_the_losses_of_one_batch(stage, copy, trained, encoders):
+    out = copy(*NEEDS[stage])
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE, "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    assert globals()[stage].main([*flags, "--out", str(out), "--micro-batches", "3"]) == 0
+    one, two = losses(trained / f"{stage}.csv"), losses(out / f"{stage}.csv")
+    # The sums run in another order: 1e-7 or so at first, which Adam's division by small gradients makes larger
+    assert one[0] == pytest.approx(two[0], rel=1e-5) and one[-1] == pytest.approx(two[-1], rel=2e-3)
+
+
+TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"), ("psvae", "semantic", "semantic_loss"),
+         ("psvae", "pixel", "pixel_loss"), ("psvae", "perceptual", "perceptual_loss"), ("psvae", "kl", "kl_divergence"),
+         ("dit", "loss", "dit_loss")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("stage, term, function", TERMS)
+def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
+        stage, term, function, value, copy, encoders, refused, monkeypatch):
+    out, module = copy(*NEEDS[stage]), globals()[stage]
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": [*PSVAE, "--lpips-weight", "0"],
+             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    original, calls = getattr(module, function), []
+
+    def planted(*args):
+        calls.append(1)
+        return original(*args) + (value if len(calls) == 5 else 0)      # in the fifth step
+    monkeypatch.setattr(module, function, planted)
+    line = refused(module.main, *flags, "--out", out, "--eval-every", 1000, "--save-every", 1, "--log-every", 3)
+    assert re.search(rf"\b{term}\b.* at step 5, learning rate 0\.0", line) and f"{stage}.pt" in line
+    checkpoint = state(out / f"{stage}.pt")
+    assert checkpoint["step"] == 4 and all(w.isfinite().all() for w in checkpoint["model"].values())
+
+
+def test_a_huge_gradient_is_clipped(copy, encoders, monkeypatch):
+    out, original, norms = copy(), svae.svae_loss, []
+    monkeypatch.setattr(svae, "svae_loss", lambda *args: {k: v * 1e6 for k, v in original(*args).items()})
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, *args):
+        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item())
+        return step(optimizer, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out), "--clip", "0.5"]) == 0
+    assert norms and max(norms) <= 0.5001 and losses(out / "svae.csv")[0]["grad_norm"] > 100
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------
+
+PROGRAMS = {"data": data, "svae": svae, "psvae": psvae, "dit": dit, "sample": sample}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_flag_of_every_program_is_explained_by_its_comment(name, capsys):
+    module = PROGRAMS[name]
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for field in fields(module.Config):
+        flag = data.flag(field.name)
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(module.Config), re.M)[1]
+        assert flag in said and " ".join(comment.split()) in said, field.name
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_number_of_every_program_has_a_range(name):
+    Config = PROGRAMS[name].Config
+    base = {"prompt": ("x",)} if name == "sample" else {}
+    for field in fields(Config):
+        if field.type in (int, float):
+            for wrong in (-1, math.nan, math.inf, 10**30):
+                with pytest.raises(data.UserError, match=re.escape(f"{data.flag(field.name)} {wrong}: allowed")):
+                    Config(**base, **{field.name: wrong})
+
+
+BAD = {
+    "svae --steps 0": "--steps 0: allowed is 1 or more|--steps 0: allowed is 1 to",
+    "svae --steps 1.5": "--steps: invalid int value: '1.5'",
+    "svae --batch -4": "--batch -4: allowed is 1",
+    "svae --beta nan": "--beta nan: allowed is 0",
+    "svae --colour red": "unrecognized arguments: --colour red.*--help",
+    "svae --step 5": "unrecognized arguments: --step",
+    "svae --preset large": "--preset large: allowed are full, tiny",
+    "svae --precision fp16": "--precision fp16: allowed are bf16, fp32",
+    "svae --image-size 40": "--image-size 40: allowed are multiples of 16",
+    "svae --batch 10 --micro-batches 3": "--batch 10 does not divide by 1 processes x --micro-batches 3",
+    "svae --device cuda": "no CUDA device",
+    "svae --data {file}": "is a file; a folder of images is needed",
+    "svae --data {tmp}/nowhere": "no such folder",
+    "svae --data {empty}": "no images in it",
+    "svae --preset tiny --encoder {tmp}/nowhere --count 10": "no such folder: .*nowhere",
+    "psvae --widths 8,8,8": "four multiples of 4",
+    "psvae --widths 8,x": "--widths",
+    "psvae --encode-only": "psvae.pt is not there; first run: python psvae.py",
+    "psvae --evaluate": "psvae.pt is not there; first run: python psvae.py",
+    "psvae --reconstruct {file}": "psvae.pt is not there; first run: python psvae.py",
+    "dit": "latents/meta.json is not there; first run: python psvae.py",
+    "dit --size M": "latents|--size M",
+    "sample --prompt a --model {tmp}": "psvae.pt is not there; first run: python psvae.py",
+    "sample": "--prompt is missing",
+    "sample --prompt a -n 0": "-n 0: allowed is 1",
+    "sample --prompt a --eta 1.5": "--eta 1.5: allowed is 0 to 1",
+    "sample --prompt a --guidance inf": "--guidance inf: allowed is 0",
+    "data --data {file}": "is a file; a folder of images is needed",
+    "data --data {empty}": "no images in it",
+    "data --count 0": "--count 0: allowed is 1",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_wrong_input_gets_one_clear_line_and_exit_code_2(command, tmp_path, refused, monkeypatch):
+    (tmp_path / "file").write_text("x"), (tmp_path / "empty").mkdir(), (tmp_path / "empty/readme.md").touch()
+    monkeypatch.setattr(data, "_online", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    name, *words = command.format(tmp=tmp_path, file=tmp_path / "file", empty=tmp_path / "empty").split()
+    assert re.search(BAD[command], refused(PROGRAMS[name].main, *words, "--out", tmp_path / "out" / "x"))
+
+
+@pytest.mark.parametrize("name", ["data", "svae", "psvae", "dit", "sample"])
+def test_an_out_that_cannot_be_written_is_one_line(name, tmp_path, copy, refused):
+    (tmp_path / "file").write_text("x")
+    argv = ["--prompt", "a", "--model", copy("psvae.pt", "dit.pt"), "--out", tmp_path / "file/x.png"] if name == "sample" else \
+        ["--out", tmp_path / "file", *(["--count", 10] if name != "dit" else [])]
+    refused(PROGRAMS[name].main, *argv)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_folder_with_the_name_of_the_world_that_is_not_it_is_refused(tmp_path, refused):
+    touch(tmp_path, "out/world/mine.png")
+    assert "world" in refused(data.main, "--out", tmp_path / "out", "--count", 10)
+    assert os.listdir(tmp_path / "out/world") == ["mine.png"]
+
+
+def test_damaged_latents_are_refused_with_the_command_that_writes_them_again(copy, refused, encoders):
+    for name, content in (("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"format": 1}'), ("rows.jsonl", "{"),
+                          ("rows.jsonl", '{"image": 999999, "text": "x"}\n'), ("mu.npy", "junk"), ("log_var.npy", None)):
+        out = copy("latents")
+        if content is None:
+            (out / "latents" / name).unlink()
+        else:
+            (out / "latents" / name).write_text(content)
+        line = refused(dit.main, *DIT, "--text-encoder", encoders[1], "--out", out)
+        assert "latents" in line and "python psvae.py" in line, (name, content)
+
+
+def test_latents_of_another_psvae_are_refused(copy, refused, encoders):
+    out = copy("dit.pt", "latents")
+    meta = json.loads((out / "latents/meta.json").read_text())
+    (out / "latents/meta.json").write_text(json.dumps(meta | {"fingerprint": "f" * 64}))
+    assert "latents of another psvae.pt" in refused(dit.main, "--out", out, "--steps", 9)
+    out = copy("psvae.pt", "dit.pt")
+    edited(lambda c: first_weight(c, lambda w: w + 1))(out / "psvae.pt")
+    assert "latents of another psvae.pt" in refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png")
+
+
+def test_a_new_dit_is_not_trained_on_latents_of_an_older_psvae(copy, refused, encoders, monkeypatch):
+    out = copy("svae.pt", "psvae.pt", "latents")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "psvae", 1)                                      # trained further, and stopped before encoding
+        assert psvae.main(["--out", str(out), "--steps", "8"]) == 143
+    line = refused(dit.main, *DIT, "--text-encoder", encoders[1], "--out", out)
+    assert "another psvae.pt" in line and "psvae.py --encode-only" in line
+
+
+def test_an_encoder_whose_weights_have_changed_is_refused_by_every_later_stage(copy, refused, encoders, tmp_path):
+    from safetensors.torch import load_file, save_file
+    image, text = (shutil.copytree(name, tmp_path / kind) for name, kind in zip(encoders, ("image", "text")))
+    for folder in (image, text):
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: weight + 0.1 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    out = copy("svae.pt", "psvae.pt", "dit.pt", "latents")
+    for name, folder, key in (("svae", image, "encoder"), ("psvae", image, "encoder"), ("dit", text, "text_encoder")):
+        edited(lambda c: c["config"].update({key: str(folder)}))(out / f"{name}.pt")
+    weights_of = "weights of .*/image are not those|with another text encoder than .*/text is now"
+    for main in (svae.main, psvae.main, dit.main):
+        assert re.search(weights_of, refused(main, "--out", out, "--steps", 9)), main
+    assert re.search(weights_of, refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png"))
+    (out / "psvae.pt").unlink()
+    assert re.search(weights_of, refused(psvae.main, *PSVAE, "--out", out))     # stage 2 on stage 1's other encoder
+
+
+def test_stage_2_without_stage_1_says_what_that_costs(tmp_path, encoders, world, capsys):
+    shutil.copytree(world, tmp_path / "world")
+    assert psvae.main([*SVAE, *PSVAE, "--encoder", encoders[0], "--out", str(tmp_path)]) == 0
+    assert "start from scratch" in capsys.readouterr().out
+
+
+def test_stage_2_starts_from_stage_1_and_says_what_it_inherits(copy, trained, capsys):
+    out = copy("svae.pt")
+    assert psvae.main([*PSVAE, "--out", str(out), "--learning-rate", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "image_size 32" in said and "z_dim 8" in said and "step 7" in said
+    one, two = state(out / "svae.pt")["model"], state(out / "psvae.pt")["model"]
+    assert all(torch.equal(two[name], weight) for name, weight in one.items())
+
+
+@pytest.mark.parametrize("name", ["svae", "psvae", "dit", "sample", "data"])
+def test_random_command_lines_end_with_exit_code_0_or_2(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_online", lambda: False)
+    rng, module = random.Random(name), PROGRAMS[name]
+    values = ["0", "1", "-1", "nan", "inf", "1e99", "", "x", "7", "0.5", "8,8,8,8", str(tmp_path), "\udcff", "tiny", "full", "é"]
+    for _ in range(40):
+        # nothing there: neither encoder, latents nor model, so that no line gets as far as a training run
+        argv = []
+        for field in rng.sample(fields(module.Config), rng.randint(1, 4)):
+            flag = data.flag(field.name)
+            argv += [flag] if field.type is bool else [flag, rng.choice(values)]
+        argv += {"dit": [], "sample": ["--model", str(tmp_path)]}.get(name, ["--data", str(tmp_path / "nowhere")])
+        argv += ["--out", str(tmp_path / "out")]
+        assert module.main(argv) in (0, 2), argv
+
+
+# ------------------------------------------------------------------------------------------------------------
+# After training: latents again, reconstruction, evaluation
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_encode_only_writes_the_latents_again(copy, trained):
+    out = copy("psvae.pt", "latents")
+    (out / "latents/mu.npy").unlink()
+    assert psvae.main(["--out", str(out), "--encode-only"]) == 0
+    assert (out / "latents/mu.npy").read_bytes() == (trained / "latents/mu.npy").read_bytes()
+
+
+def test_latents_may_be_written_without_variances_and_trained_on(copy, encoders):
+    out = copy("psvae.pt", "latents")
+    assert psvae.main(["--out", str(out), "--encode-only", "--latents", "mu"]) == 0
+    assert not (out / "latents/log_var.npy").exists()
+    assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
+
+
+def test_latents_are_the_posteriors_of_the_centre_crops_in_the_order_of_the_rows(trained):
+    model, _ = psvae.load_psvae(trained / "psvae.pt")
+    train, held_out = data.read_folder("", out=str(trained))
+    rows = [json.loads(line) for line in open(trained / "latents/rows.jsonl", encoding="utf-8")]
+    maps = [np.load(trained / f"latents/{name}.npy") for name in ("mu", "log_var")]
+    assert len(rows) == len(train.rows) + len(held_out.rows) and maps[0].shape == (125, 2, 2, 8)
+    for number, part in ((40, train), (-1, held_out)):
+        image, text, source = part.rows[number]
+        x = data.to_float(torch.from_numpy(data.Pictures(part, 32).read(image)).permute(2, 0, 1)[None], "cpu")
+        row = rows[number]
+        assert row["text"] == text and ("source" in row) == (source >= 0)
+        assert row.get("held_out", False) == (part is held_out)
+        for stored, fresh in zip(maps, model.encode(x)):
+            assert np.allclose(stored[row["image"]], fresh[0].numpy(), atol=2e-3)
+
+
+def test_evaluate_and_reconstruct_print_their_numbers(copy, capsys, tmp_path, monkeypatch, refused):
+    out = copy("psvae.pt")
+    def no_weights(_):
+        raise data.UserError("no VGG here")
+    monkeypatch.setattr(data, "load_lpips", no_weights)
+    assert psvae.main(["--out", str(out), "--evaluate"]) == 0
+    said = capsys.readouterr().out
+    assert "N = 5" in said and all(re.search(rf"{name} +\d+\.\d", said) for name in ("PSNR dB", "SSIM", "FDD"))
+    name = str(picture(tmp_path / "a.png"))
+    assert psvae.main(["--out", str(out), "--reconstruct", name, name]) == 0
+    assert capsys.readouterr().out.count("PSNR") == 2
+    assert Image.open(out / "reconstruction.png").width == 2 * (96 + 4) + 4
+    assert "no such file" in refused(psvae.main, "--out", out, "--reconstruct", tmp_path / "gone.png")
+
+
+def test_without_vggs_weights_the_perceptual_loss_is_refused_naming_the_way_out(copy, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert "--lpips-weight 0" in refused(psvae.main, *PSVAE, "--out", copy("svae.pt"), "--lpips-weight", 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling, and pictures for people
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained):
+    return sample.Pipeline(trained, torch.device("cpu"))
+
+
+def test_the_same_seed_gives_the_same_picture_in_every_batch_and_beside_every_neighbour(pipeline):
+    settings = dict(steps=4, guidance=3.0, eta=1.0)
+    latents = []
+    decode = pipeline.decode
+    try:
+        pipeline.decode = lambda z_0: latents.append(z_0) or decode(z_0)
+        pipeline(["a red circle"], [11], **settings)
+        pipeline(["a blue square left of a big green star", "a red circle", ""], [5, 11, 12], **settings)
+    finally:
+        del pipeline.decode
+    assert (latents[0][0] - latents[1][1]).abs().max() < 1e-4           # longer neighbours pad: another order of sums
+    assert (latents[0][0] - latents[1][0]).abs().max() > 0.1
+
+
+def test_sample_py_writes_n_pictures_for_each_prompt_with_their_settings(trained, tmp_path, capsys):
+    argv = ["--prompt", "a red circle", "two stars", "-n", "3", "--steps", "2", "--seed", "4", "--model", str(trained), "--film"]
+    assert sample.main([*argv, "--out", str(tmp_path / "one.png")]) == 0
+    image = Image.open(tmp_path / "one.png")
+    assert image.width == 3 * (128 + 4) + 4 and image.height > 2 * 128
+    cells = np.asarray(image)[4:132].astype(int)
+    assert all(cells[:, 4 + i * 132:132 + i * 132].std() > 0 for i in range(3))
+    assert image.text["prompt"] == "('a red circle', 'two stars')"
+    assert image.text["seed"] == "4" and image.text["guidance"] == "4.0"
+    assert Image.open(tmp_path / "one_film.png").height > 6 * 96
+    assert "one_film.png" in capsys.readouterr().out
+    assert sample.main([*argv, "--out", str(tmp_path / "two.png"), "--batch", "2"]) == 0
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(Image.open(tmp_path / "two.png")))
+    assert difference.max() <= 1
+    assert sample.main([*argv, "--out", str(tmp_path / "three.png"), "--seed", "5"]) == 0
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(Image.open(tmp_path / "three.png"))).max() > 1
+
+
+def test_an_image_is_edited_and_shown_beside_the_result(trained, tmp_path):
+    name = str(picture(tmp_path / "in.png", size=(50, 40)))
+    argv = ["--prompt", "make it blue", "-n", "2", "--steps", "2", "--model", str(trained), "--image", name]
+    assert sample.main([*argv, "--out", str(tmp_path / "x.png")]) == 0
+    image = Image.open(tmp_path / "x.png")
+    assert image.width == 3 * (128 + 4) + 4 and image.getpixel((60, 60)) == (200, 30, 40)
+
+
+def test_a_long_prompt_is_cut_and_an_empty_one_is_the_null_condition_and_both_are_said(trained, tmp_path, capsys):
+    argv = ["-n", "1", "--steps", "1", "--model", str(trained), "--out", str(tmp_path / "x.png")]
+    assert sample.main([*argv, "--prompt", "word " * 400]) == 0
+    assert "longer than 24 tokens; what follows is not read" in capsys.readouterr().out
+    assert sample.main([*argv, "--prompt", " "]) == 0
+    assert "an empty prompt: the null condition" in capsys.readouterr().out
+    assert sample.main([*argv, "--prompt", "\udcff is no unicode"]) == 0
+
+
+@pytest.mark.parametrize("words, line", [("--image {tmp}/gone.png", "gone.png: no such file"),
+                                         ("--image {tmp}/letter.png", "letter.png cannot be read as an image"),
+                                         ("--steps 1001", "--steps 1001: allowed is 1 to 1000")])
+def test_sample_py_refuses_what_it_cannot_use(words, line, trained, tmp_path, refused):
+    broken_zoo(tmp_path)
+    argv = words.format(tmp=tmp_path).split()
+    assert line in refused(sample.main, "--prompt", "a", "--model", trained, "--out", tmp_path / "x.png", *argv)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_model_trained_without_edits_refuses_a_source(copy, refused, tmp_path):
+    out = copy("psvae.pt", "dit.pt")
+    edited(lambda c: c.update(edits=0))(out / "dit.pt")
+    line = refused(sample.main, "--prompt", "a", "--model", out, "--image", picture(tmp_path / "a.png"), "--out", out / "x.png")
+    assert "trained without edits" in line
+
+
+def test_sample_py_takes_out_where_it_holds_a_model(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.find_model("") == sample.SHIPPED
+    (tmp_path / "out").symlink_to(trained)
+    assert sample.find_model("") == Path("out") and sample.find_model("x") == Path("x")
+
+
+def test_a_grid_puts_captions_under_enlarged_pictures():
+    black = np.zeros((32, 32, 3), np.uint8)
+    bare, told = data.grid([[black, black]]), data.grid([[black, black]], [["word " * 60, "b"]], ["one", "two"])
+    assert bare.size == (2 * 100 + 4, 100 + 4) and told.width == bare.width and told.height > bare.height + 16 + 40
+    assert np.asarray(bare)[4:100, 4:100].max() == 0 and np.asarray(bare)[:, :4].min() == 255
+
+
+def test_a_png_keeps_its_settings_and_is_written_in_one_move(tmp_path):
+    data.save_png(Image.new("RGB", (4, 4)), tmp_path / "new/a.png", {"prompt": "円 é", "seed": 3})
+    assert Image.open(tmp_path / "new/a.png").text == {"prompt": "円 é", "seed": "3"}
+    assert os.listdir(tmp_path / "new") == ["a.png"]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 24), (1, 2, 2, 8), (2, 3, 3, 2), (1, 1, 1, 1)])
+def test_pca_colours_are_pictures_of_any_features(shape):
+    f = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    a, b = data.pca_colours(f, f + 5, size=48)
+    side = max(1, 48 // shape[1]) * shape[1]
+    assert a.shape == b.shape == (shape[0], side, side, 3) and a.dtype == np.uint8
+    Image.fromarray(a[0])
+    assert shape[0] * shape[1] == 1 or a.std() > 0
+
+
+def test_every_stage_leaves_a_picture_and_a_log_with_held_out_losses(trained):
+    for stage, columns in (("svae", {"semantic", "kl", "held_out_semantic"}), ("psvae", {"pixel", "held_out_psnr"}),
+                           ("dit", {"loss", "held_out_q1", "held_out_q4", "held_out_edit_q4"})):
+        image = Image.open(trained / f"{stage}.png")
+        assert image.width > 300 and np.asarray(image).std() > 1
+        rows = losses(trained / f"{stage}.csv")
+        assert [row["step"] for row in rows] == [2, 4, 5, 6, 7]
+        assert columns <= rows[-1].keys() and columns <= rows[2].keys()
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_a_stage_imports_nothing_of_the_project_but_data(stage):
+    ours = {path.stem for path in HERE.glob("*.py")} | {"notes"}
+    tree = ast.parse((HERE / f"{stage}.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} | \
+        {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name.split(".")[0] in ours} == {"data"}
+
+
+def test_dit_py_never_opens_a_picture():
+    names = {node.attr for node in ast.walk(ast.parse((HERE / "dit.py").read_text())) if isinstance(node, ast.Attribute)}
+    assert not names & {"Pictures", "read_folder", "open_image", "user_image", "load_image_encoder", "pictures"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real processes: a second run, kill -9, torchrun, a command as typed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def start(*words, folder=HERE, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": ""}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_a_second_run_is_refused_naming_the_first_and_a_killed_run_goes_on_bit_equal(copy, refused):
+    flags = [*PSVAE, "--steps", "40", "--save-every", "3", "--workers", "1"]
+    killed, whole = copy("svae.pt"), copy("svae.pt")
+    process = start("psvae.py", *flags, "--out", killed)
+    try:
+        for _ in range(1200):
+            if (killed / "psvae.pt").exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        line = refused(psvae.main, *flags, "--out", killed)
+        assert f"in use by another psvae.py (process {process.pid})" in line
+        before = set(os.listdir(killed))
+        refused(psvae.main, "--out", killed, "--fresh")
+        assert not {"old-1"} & set(os.listdir(killed)) and before <= set(os.listdir(killed))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < state(killed / "psvae.pt")["step"] < 40
+    assert psvae.main(["--out", str(killed), "--workers", "0"]) == 0    # at once: its lock died with it
+    assert psvae.main([*flags, "--out", str(whole), "--workers", "0"]) == 0
+    one, two = state(killed / "psvae.pt"), state(whole / "psvae.pt")
+    assert equal(one["model"], two["model"]) and equal(one["optimizer"], two["optimizer"])
+    for name in ("psvae.csv", "latents/mu.npy", "latents/rows.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(killed.rglob("*.partial"))
+
+
+def test_two_processes_draw_one_world_and_give_the_losses_of_one(tmp_path, encoders):
+    flags = [*SVAE, "--encoder", encoders[0], "--count", "60"]
+    process = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29000 + os.getpid() % 2000,
+                    HERE / "svae.py", *flags, "--out", tmp_path / "two")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert svae.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    one, two = losses(tmp_path / "one/svae.csv"), losses(tmp_path / "two/svae.csv")
+    assert len(one) == len(two) == 5 and one[0] == pytest.approx(two[0], rel=1e-5)
+    assert one[-1] == pytest.approx(two[-1], rel=1e-3)
+    assert said.count("stage 1, tiny preset") == 1
+
+
+def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2(trained, tmp_path):
+    argv = ["--prompt", "a red circle above a blue square", "-n", 1, "--steps", 3, "--model", trained, "--out", tmp_path / "a.png"]
+    good, bad = start(HERE / "sample.py", *argv, folder=tmp_path), start(HERE / "sample.py", "--promt", "x", folder=tmp_path)
+    (said, _), (complaint, _) = good.communicate(timeout=120), bad.communicate(timeout=120)
+    assert good.returncode == 0 and f"wrote {tmp_path / 'a.png'}" in said and Image.open(tmp_path / "a.png").width > 100
+    assert bad.returncode == 2 and complaint.startswith("error: ") and len(complaint.splitlines()) == 1

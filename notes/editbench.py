@@ -169,7 +169,8 @@ def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
         columns = zip(("obeyed", "kept", "both"), good[chosen].T)
         return {**{name: summarise([""] * len(chosen), column) for name, column in columns}, "edits": len(chosen)}
 
-    decibel = (10 * np.log10(255 ** 2 / np.maximum(np.mean(squares, axis=0), 1e-3))).tolist() if squares else (None, None)
+    mse = np.maximum(np.mean(squares, axis=0), 1e-3) if squares else None
+    decibel = (None, None) if mse is None else (10 * np.log10(255 ** 2 / mse)).tolist()
     return {"seen": part(lambda t: t["split"] != "heldout"), "heldout": part(lambda t: t["split"] == "heldout"),
             "kinds": {kind: part(lambda t: t["kind"] == kind) for kind in KINDS},
             "unreadable": unreadable / len(triples), "seconds": time.perf_counter() - began, "seed": seed,

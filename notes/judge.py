@@ -148,29 +148,35 @@ def read(picture):
     return Scene(list(BACKGROUNDS)[back], tuple(objects))
 
 
+def _colour(rgb, base, mask):
+    """Index of the palette colour that a region's strongest part shows, and the way to it from the background."""
+    contrast = np.linalg.norm(rgb, axis=-1) * mask
+    seen = np.median(rgb[contrast >= 0.85 * np.quantile(contrast[mask], 0.9)], axis=0)
+    ways = OBJECT_RGB - base
+    # A soft edge makes all of a stroke paler, by up to a third: the direction decides, and then how far it got.
+    along = np.clip((ways @ seen) / (ways ** 2).sum(1), 0.65, 1)[:, None]
+    best = int(np.linalg.norm(along * ways - seen, axis=1).argmin())
+    return best, ways[best]
+
+
 def _match(rgb, base, labels, label):
-    """One region of a picture whose background was subtracted: (Object, its colour, also less the background, the
-    window it lies in, the template's coverage there), or None where it is not a clean object."""
+    """One region of a picture whose background `base` was subtracted, or None where it is not a clean object.
+
+    Returns the Object, its colour (less the background's too), the window of its template and the coverage there.
+    """
     mask = labels == label
     ys, xs = np.nonzero(mask)
     if max(np.ptp(ys), np.ptp(xs)) >= WIDTH:
         return None
-    # Which colour? Soft strokes are paler throughout, by up to a third: what counts is the way from the background.
-    contrast = np.linalg.norm(rgb, axis=-1) * mask
-    strong = contrast >= 0.85 * np.quantile(contrast[mask], 0.9)
-    seen = np.median(rgb[strong], axis=0)
-    ways = OBJECT_RGB - base
-    along = np.clip((ways @ seen) / (ways ** 2).sum(1), 0.65, 1)[:, None]
-    colour = int(np.linalg.norm(along * ways - seen, axis=1).argmin())
-    way = ways[colour]
+    colour, way = _colour(rgb, base, mask)
     # Coverage: how far each pixel is on the way from the background to that colour. Other regions are left out.
     near = (slice(max(0, ys.min() - 3), ys.max() + 4), slice(max(0, xs.min() - 3), xs.max() + 4))
     others = grow((labels > 0) & ~mask, 2) & ~grow(mask)
     alpha = np.zeros(labels.shape, np.float32)
     alpha[near] = ((rgb @ way) / (way @ way) * ~others)[near]
-    middle = np.arange(CANVAS) + 0.5
-    y, x = float(alpha.sum(1) @ middle / alpha.sum()), float(alpha.sum(0) @ middle / alpha.sum())
-    if not mask[near].any() or not (ys.min() <= y <= ys.max() + 1 and xs.min() <= x <= xs.max() + 1):
+    middle, total = np.arange(CANVAS) + 0.5, max(float(alpha.sum()), 1e-6)
+    y, x = float(alpha.sum(1) @ middle) / total, float(alpha.sum(0) @ middle) / total
+    if not (ys.min() <= y <= ys.max() + 1 and xs.min() <= x <= xs.max() + 1):
         return None
     # All templates, centred to a quarter of a pixel: |T - alpha|^2 = |T|^2 - 2 T.alpha + |alpha|^2.
     quarter_y, quarter_x = round(4 * y), round(4 * x)

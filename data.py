@@ -169,27 +169,23 @@ def _read_layout(root: Path, top: Path) -> Folder:
             return _read_metadata(root / table, images)
         if (root / table).is_file():
             refused.append(f"{table}: a link that leaves the folder, or renames")
-    names = sorted(images)
-    if any("/" in name for name in names):                             # class folders
-        titles = _class_titles(top)
-        folder = Folder(root, "classes", names, skipped=refused)
-        folder.rows = [(i, titles.get(name.split("/")[0], _words(name.split("/")[0])), -1)
-                       for i, name in enumerate(names)]
-    elif texts:
+    names, nested = sorted(images), any("/" in name for name in images)
+    beside = {name: os.path.splitext(name)[0] + ".txt" for name in names}
+    if not texts.isdisjoint(beside.values()):
         folder = Folder(root, "text files", skipped=refused)
         for name in names:
-            beside = os.path.splitext(name)[0] + ".txt"
-            if beside not in texts:
+            if beside[name] in texts:
+                text = (root / beside[name]).read_text(encoding="utf-8", errors="replace").strip()
+                folder.rows.append((len(folder.images), text, -1))
+                folder.images.append(name)
+            else:
                 folder.skipped.append(f"{name!r}: no .txt beside it")
-                continue
-            text = (root / beside).read_text(encoding="utf-8", errors="replace").strip()
-            folder.rows.append((len(folder.images), text, -1))
-            folder.images.append(name)
-    else:
-        titles = _imagenet_val_titles(top)                             # Kaggle keeps val flat
-        folder = Folder(root, "file names", names, skipped=refused)
-        folder.rows = [(i, titles.get(os.path.splitext(name)[0], _words(os.path.splitext(name)[0])), -1)
-                       for i, name in enumerate(names)]
+        return folder
+    folder = Folder(root, "classes" if nested else "file names", names, skipped=refused)
+    titles = _class_titles(top) if nested else _imagenet_val_titles(top)       # Kaggle keeps val flat
+    for i, name in enumerate(names):
+        key = name.split("/")[0] if "/" in name else os.path.splitext(name)[0]
+        folder.rows.append((i, titles.get(key, _words(key)), -1))
     return folder
 
 

@@ -429,19 +429,19 @@ def reconstruct(cfg: Config):
 def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
     terms = ("loss", "semantic", "pixel", "perceptual", "kl")
     with data.Run(cfg, "psvae", terms=(*terms, "grad_norm")) as run:
-        folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
-        run.say(f"stage 2, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, encoder {cfg.encoder}")
-
-        # The frozen encoder has the pretrained weights, loaded anew at every start; the trainable one begins as its copy
+        # Keep a frozen copy for the semantic target: the pretrained weights, loaded anew at every start
         frozen_encoder = data.load_image_encoder(cfg.encoder).to(run.device)
         encoder_fingerprint = data.fingerprint(frozen_encoder)
+        lpips = data.load_lpips(run.device) if cfg.lpips_weight else None
+        folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
+        run.say(f"stage 2, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
+                f"captions from {folder.layout}, encoder {cfg.encoder}")
         torch.manual_seed(cfg.seed)
         model = PSVAE(copy.deepcopy(frozen_encoder), cfg.z_dim, cfg.widths, cfg.checkpointing).to(run.device)
         frozen_encoder.requires_grad_(False)
         if cfg.checkpointing:
             model.encoder.recompute_activations()
         model.train()
-        lpips = data.load_lpips(run.device) if cfg.lpips_weight else None
         encoder_parameters = [p for p in model.encoder.parameters() if p.requires_grad]     # all but the mask token
         other_parameters = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
         optimizer = torch.optim.AdamW([{"params": other_parameters, "scale": 1.0},

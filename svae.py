@@ -225,12 +225,12 @@ def preview(model: SVAE, encoder, x: torch.Tensor, path: Path):
 
 def train(cfg: Config, checkpoint: dict | None):
     with data.Run(cfg, "svae", terms=("loss", "semantic", "kl", "grad_norm")) as run:
-        folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
-        run.say(f"stage 1, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, encoder {cfg.encoder}")
-
         # Freeze encoder
         encoder = data.load_image_encoder(cfg.encoder).to(run.device).requires_grad_(False)
         encoder_fingerprint = data.fingerprint(encoder)
+        folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
+        run.say(f"stage 1, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
+                f"captions from {folder.layout}, encoder {cfg.encoder}")
         torch.manual_seed(cfg.seed)
         model = SVAE(encoder.dim, cfg.z_dim).to(run.device)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)

@@ -1,4 +1,5 @@
-"""data.py - everything a stage needs that the guide does not define. No mathematics of the paper is in this file.
+"""data.py - everything a stage needs that the guide does not define.
+No mathematics of the paper is in this file.
 
     1 folders of images and captions     read_folder -> Folder, Pictures, batches
     2 pretrained networks                load_image_encoder (DINOv2), load_text_encoder (T5), load_lpips
@@ -8,10 +9,11 @@
     6 the command line                   read_flags, configure, program
     7 pictures for people                grid, pca_colours, save_png
 
-    python data.py [--data DIR]          counts, sizes, captions, what is broken; out/data.png is a contact sheet
+    python data.py [--data DIR]       counts, sizes, captions, what is broken; out/data.png is a contact sheet
 
-The stages (svae.py, psvae.py, dit.py) share this file and nothing else. Images are uint8 (3, S, S) when they leave
-the loader and float in [-1, 1] from then on; features and latents are (B, h, w, channels), as the guide writes them.
+The stages (svae.py, psvae.py, dit.py) share this file and nothing else. Images are uint8 (3, S, S) when they
+leave the loader and float in [-1, 1] from then on; features and latents are (B, h, w, channels), as the guide
+writes them.
 """
 
 import argparse
@@ -60,15 +62,15 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-HELD_OUT = 50                  # without a val/ folder, one picture in so many is held out, by a hash of its name
+HELD_OUT = 50                  # without a val/ folder, one picture in so many is held out, by its name's hash
 
 
 @dataclass
 class Folder:
     """A list of pictures and a list of rows that speak of them; a row is (image, text, source).
 
-    image and source are indices into `images`; source is -1 for a caption, and the picture to be edited for an
-    edit (then `text` is the instruction and `image` the result).
+    image and source are indices into `images`; source is -1 for a caption, and the picture to be edited for
+    an edit (then `text` is the instruction and `image` the result).
     """
 
     root: Path
@@ -76,17 +78,20 @@ class Folder:
     images: list[str] = field(default_factory=list)   # paths relative to root
     rows: list[tuple[int, str, int]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)  # "name: reason" for what is not in images or rows
+    own: int | None = None                            # how many of images are on this side alone; None: all
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.images[index])
 
 
-def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: int = 50_000) -> tuple[Folder, Folder]:
+def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
+                count: int = 50_000) -> tuple[Folder, Folder]:
     """Reads a folder in any of the three layouts; returns (training, held-out) pictures.
 
-    `metadata.jsonl` or `metadata.csv` with file_name, text[, source] (Hugging Face ImageFolder) | class folders
-    (ImageNet) | a .txt beside each image, else captions from file names. Where there are train/ and val/, each is
-    such a folder; else 2 % are held out. An empty name is the built-in world, drawn on first use with `count` pictures.
+    `metadata.jsonl` or `metadata.csv` with file_name, text[, source] (Hugging Face ImageFolder) | class
+    folders (ImageNet) | a .txt beside each image, else captions from file names. Where there are train/ and
+    val/, each is such a folder; else 2 % are held out. An empty name is the built-in world, drawn on first
+    use with `count` pictures.
 
     Raises UserError: no such folder, no images in it, or more than `max_broken` of its rows unusable.
     """
@@ -99,8 +104,8 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: in
     else:
         top = Path(name).expanduser()
     if not top.exists():
-        raise UserError(f"--data {name}: no such folder. Give a folder of images, or leave --data out for the "
-                        f"built-in world.")
+        raise UserError(f"--data {name}: no such folder. "
+                        f"Give a folder of images, or leave --data out for the built-in world.")
     if not top.is_dir():
         raise UserError(f"--data {name} is a file; a folder of images is needed "
                         f"(`python data.py --help` says which).")
@@ -115,8 +120,8 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out", count: in
         total = len(folder.skipped) + len(folder.rows)
         tolerate(folder.skipped, total, max_broken, f"rows of {folder.root}")
         if folder.skipped:
-            print(f"{len(folder.skipped)} of {total} rows of {folder.root} are left out (`python data.py --data …` "
-                  f"lists them all): {'; '.join(folder.skipped[:3])}", flush=True)
+            print(f"{len(folder.skipped)} of {total} rows of {folder.root} are left out (`python data.py "
+                  f"--data …` lists them all): {'; '.join(folder.skipped[:3])}", flush=True)
     if not train.rows:
         raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
     return train, held_out if held_out.images else train
@@ -128,15 +133,17 @@ def _draw_world(top: Path, count: int):
     try:
         world.write(top, count=count)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"the built-in world could not be drawn into {top} ({_first_line(error)}). Make room, move "
-                        f"away what is there, or choose another --out.")
+        raise UserError(f"the built-in world could not be drawn into {top} ({_first_line(error)}). Make "
+                        f"room, move away what is there, or choose another --out.")
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str):
-    """Raises UserError when more than the fraction max_broken of `total` is broken, with counts and examples."""
+    """Raises UserError when more than the fraction max_broken of `total` is broken,
+    with counts and examples."""
     if len(broken) > max_broken * total:
-        raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken {max_broken} allows. "
-                        f"The first: {'; '.join(broken[:3])}. `python data.py --data …` lists them all.")
+        raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken {max_broken} "
+                        f"allows. The first: {'; '.join(broken[:3])}. "
+                        f"`python data.py --data …` lists them all.")
 
 
 def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
@@ -156,7 +163,8 @@ def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
             elif link and entry.is_dir():
                 refused.append(f"{name!r}: a link to a folder")        # it could be a loop
             elif suffix in SUFFIXES:
-                images.add(name) if link or entry.is_file() else refused.append(f"{name!r}: neither file nor folder")
+                images.add(name) if link or entry.is_file() else refused.append(
+                    f"{name!r}: neither file nor folder")
             elif suffix == ".txt":
                 texts.add(name)
     return images, texts, refused
@@ -165,7 +173,8 @@ def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
 def _read_layout(root: Path, top: Path) -> Folder:
     images, texts, refused = _listing(root)
     for table in ("metadata.jsonl", "metadata.csv"):
-        if (root / table).is_file() and os.path.realpath(root / table) == os.path.join(os.path.realpath(root), table):
+        if (root / table).is_file() and os.path.realpath(root / table) == os.path.join(
+                os.path.realpath(root), table):
             return _read_metadata(root / table, images)
         if (root / table).is_file():
             refused.append(f"{table}: a link that leaves the folder, or renames")
@@ -190,7 +199,8 @@ def _read_layout(root: Path, top: Path) -> Folder:
 
 
 def _read_metadata(table: Path, present: set[str]) -> Folder:
-    """Rows {"file_name", "text"[, "source"]}, paths relative to the table's folder, which they may not leave."""
+    """Rows {"file_name", "text"[, "source"]}, paths relative to the table's folder,
+    which they may not leave."""
     folder, index = Folder(table.parent, "metadata"), {}
 
     def image(name) -> int:
@@ -225,17 +235,22 @@ def _read_metadata(table: Path, present: set[str]) -> Folder:
 
 
 def _hold_out(folder: Folder) -> tuple[Folder, Folder]:
-    """Splits by a hash of the file name, so that a picture stays on its side when the folder grows."""
+    """Splits by a hash of the file name, so that a picture stays on its side when the folder grows.
+
+    An edit with either picture held out is held out; its other picture then stands on both sides, and in the
+    held-out folder behind those that are its own.
+    """
     held = [zlib.crc32(name.encode("utf-8", "surrogateescape")) % HELD_OUT == 0 for name in folder.images]
     parts = []
     for side in (False, True):
         part = Folder(folder.root, folder.layout, skipped=[] if side else folder.skipped)
         rows = [row for row in folder.rows if (held[row[0]] or (row[2] >= 0 and held[row[2]])) == side]
-        index = {}                                    # an edit with either picture held out is held out
-        for image, text, source in rows:
-            pair = [index.setdefault(i, len(index)) if i >= 0 else -1 for i in (image, source)]
-            part.rows.append((pair[0], text, pair[1]))
-        part.images = [folder.images[i] for i in index]
+        used = dict.fromkeys(i for image, _, source in rows for i in (image, source) if i >= 0)
+        used = sorted(used, key=lambda i: held[i] != side)             # stable: its own first
+        index = {i: number for number, i in enumerate(used)}
+        part.rows = [(index[image], text, index.get(source, -1)) for image, text, source in rows]
+        part.images = [folder.images[i] for i in used]
+        part.own = sum(held[i] == side for i in used)
         parts.append(part)
     return (parts[0], parts[1]) if parts[0].images else (parts[1], parts[0])
 
@@ -245,7 +260,8 @@ def _words(name: str) -> str:
 
 
 def _unicode(text: str) -> str:
-    """Half characters (a file name that is no UTF-8, "\\ud800" in JSON) become "?": no file could hold them."""
+    """Half characters (a file name that is no UTF-8, "\\ud800" in JSON) become "?":
+    no file could hold them."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -254,7 +270,8 @@ def _class_titles(top: Path) -> dict[str, str]:
     """ImageNet's wnid -> first name, from Kaggle's LOC_synset_mapping.txt or the copy in notes/."""
     for path in (top / "LOC_synset_mapping.txt", HERE / "notes/imagenet_names.txt"):
         if path.is_file():
-            lines = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines() if " " in line)
+            lines = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()
+                     if " " in line)
             return {wnid: names.split(",")[0].strip() for wnid, names in lines}
     return {}
 
@@ -264,14 +281,15 @@ def _imagenet_val_titles(top: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     with open(path, newline="") as lines:
-        return {row["ImageId"]: titles.get(row["PredictionString"].split()[0], "") for row in csv.DictReader(lines)}
+        return {row["ImageId"]: titles.get(row["PredictionString"].split()[0], "")
+                for row in csv.DictReader(lines)}
 
 
 def open_image(path: str, draft: int = 0) -> Image.Image:
     """Any image file as RGB: first frame, EXIF rotation applied, transparency on white, 16 bit scaled to 8.
 
-    draft > 0 lets the JPEG decoder skip detail down to that many pixels a side (three times faster at 500 px).
-    Raises whatever Pillow raises: OSError, SyntaxError, DecompressionBombError, ...
+    draft > 0 lets the JPEG decoder skip detail down to that many pixels a side (three times faster at 500
+    px). Raises whatever Pillow raises: OSError, SyntaxError, DecompressionBombError, ...
     """
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")                                # corrupt EXIF: ImageNet has many
@@ -291,7 +309,8 @@ def open_image(path: str, draft: int = 0) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Crops to a square of `size`: the centre, or with rng a random resized crop (half the area or more) and flip."""
+    """Crops to a square of `size`:
+    the centre, or with rng a random resized crop (half the area or more) and flip."""
     width, height = image.size
     if rng is None:
         side = min(width, height)
@@ -308,7 +327,8 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
 
 
 def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
-    """Several folders as one: their images and rows one after another, paths relative to what they have in common."""
+    """Several folders as one: their images and rows one after another,
+    paths relative to what they have in common."""
     whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
     for folder in folders:
         offset = len(whole.images)
@@ -334,8 +354,9 @@ def user_image(name: str, size: int) -> np.ndarray:
 class Pictures(torch.utils.data.Dataset):
     """Pictures of a folder as uint8 (3, size, size). A key is (index, seed); seed None means a centre crop.
 
-    A picture that cannot be read is replaced by the next one that can, so that the order of a run does not depend
-    on it; `collate` returns the names beside the batch, and Run.count_broken ends the run when they are too many.
+    A picture that cannot be read is replaced by the next one that can, so that the order of a run does not
+    depend on it; `collate` returns the names beside the batch, and Run.count_broken ends the run when they
+    are too many.
     """
 
     def __init__(self, folder: Folder, size: int):
@@ -365,11 +386,12 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def batches(dataset, keys_of_step, start: int, stop: int, workers: int = 0, pin: bool = False):
-    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]), s in start .. stop - 1, read ahead by workers."""
+    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]), s in start .. stop - 1,
+    read ahead by workers."""
     yield from torch.utils.data.DataLoader(
-        dataset, batch_sampler=(keys_of_step(step) for step in range(start, stop)), collate_fn=dataset.collate,
-        num_workers=workers, pin_memory=pin, prefetch_factor=4 if workers else None, generator=torch.Generator(),
-        worker_init_fn=_quiet_worker)
+        dataset, batch_sampler=(keys_of_step(step) for step in range(start, stop)),
+        collate_fn=dataset.collate, num_workers=workers, pin_memory=pin,
+        prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_quiet_worker)
 
 
 def _quiet_worker(_):
@@ -388,17 +410,19 @@ def to_float(images: torch.Tensor, device) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "image_size",
-                "patch_size", "num_channels", "qkv_bias", "layer_norm_eps", "layerscale_value", "use_swiglu_ffn",
-                "num_register_tokens")
+ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio",
+                "hidden_act", "image_size", "patch_size", "num_channels", "qkv_bias", "layer_norm_eps",
+                "layerscale_value", "use_swiglu_ffn", "num_register_tokens")
 TINY_IMAGE_ENCODER, TINY_TEXT_ENCODER = "notes/tiny/image_encoder", "notes/tiny/text_encoder"
 
 
 class ImageEncoder(nn.Module):
-    """A DINOv2 (with or without registers): x (B, 3, H, W) in [-1, 1] -> patch features f (B, h, w, d) in fp32.
+    """A DINOv2 (with or without registers):
+    x (B, 3, H, W) in [-1, 1] -> patch features f (B, h, w, d) in fp32.
 
-    H = W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16 px of the picture.
-    f is last_hidden_state, after the final LayerNorm; CLS and register tokens are dropped. Always in eval mode.
+    H = W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16 px of the
+    picture. f is last_hidden_state, after the final LayerNorm; CLS and register tokens are dropped. Always in
+    eval mode.
     """
 
     def __init__(self, network):
@@ -411,14 +435,15 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True):
-        super().train(False)                           # no dropout, ever; but transformers recomputes only in training
+        super().train(False)                           # no dropout, but recomputation wants training mode
         for module in self.network.modules():
             module.training = mode and getattr(module, "gradient_checkpointing", False)
         return self
 
     def recompute_activations(self):
         """Trades a forward pass for memory in the backward pass; takes effect at the next train()."""
-        self.network.gradient_checkpointing_enable()
+        # transformers 5.23 renamed it
+        getattr(self.network, "activation_checkpointing_enable", self.network.gradient_checkpointing_enable)()
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens, CLS first: (B, extra_tokens + h w, d)."""
@@ -435,13 +460,15 @@ class ImageEncoder(nn.Module):
 
     @property
     def description(self) -> dict:
-        """The architecture as plain types, enough for build_image_encoder; the same in every version of transformers."""
+        """The architecture as plain types, enough for build_image_encoder;
+        the same in every version of transformers."""
         config = self.network.config.to_dict()
         return {name: config[name] for name in ARCHITECTURE if name in config}
 
 
 def load_image_encoder(name: str) -> ImageEncoder:
-    """A DINOv2 by hub name or local folder, in fp32. Raises UserError where it cannot be had or is something else."""
+    """A DINOv2 by hub name or local folder, in fp32.
+    Raises UserError where it cannot be had or is something else."""
     from transformers import AutoModel
     return ImageEncoder(_load_pretrained(AutoModel, name, ("dinov2", "dinov2_with_registers"), torch.float32))
 
@@ -455,13 +482,16 @@ def build_image_encoder(description: dict) -> ImageEncoder:
 
 
 class TextEncoder:
-    """A T5 encoder with its tokenizer. Call it with captions: (B, L, d) float32 and a mask (B, L), True at tokens.
+    """A T5 encoder with its tokenizer.
+    Call it with captions: (B, L, d) float32 and a mask (B, L), True at tokens.
 
-    L is the longest caption of the call, in tokens; what is longer than max_tokens is cut. "" is the single token </s>.
+    L is the longest caption of the call, in tokens; what is longer than max_tokens is cut.
+    "" is the single token </s>.
     """
 
     def __init__(self, network, tokenizer, max_tokens: int):
-        self.network, self.tokenizer, self.max_tokens = network.eval().requires_grad_(False), tokenizer, max_tokens
+        self.network, self.tokenizer, self.max_tokens = (network.eval().requires_grad_(False), tokenizer,
+                                                         max_tokens)
         self.dim = network.config.d_model
 
     def tokenize(self, captions: list[str]):
@@ -469,7 +499,8 @@ class TextEncoder:
                               truncation=True, max_length=self.max_tokens)
 
     def fingerprint(self) -> str:
-        """sha256 over the beginning of every weight, in bf16: the same on every device, and quick at 4.8 billion."""
+        """sha256 over the beginning of every weight, in bf16: the same on every device,
+        and quick at 4.8 billion."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
@@ -495,8 +526,9 @@ def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEnc
     try:
         tokenizer = AutoTokenizer.from_pretrained(_local(name), local_files_only=True)
     except Exception as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded ({_first_line(error)}). google/flan-t5-* bring "
-                        f"one that needs no further package; google/t5-v1_1-* need sentencepiece and protobuf.")
+        raise UserError(f"the tokenizer of {name} cannot be loaded ({_first_line(error)}). google/flan-t5-* "
+                        f"bring one that needs no further package; "
+                        f"google/t5-v1_1-* need sentencepiece and protobuf.")
     known = [i for i in tokenizer("a red circle")["input_ids"] if i != tokenizer.unk_token_id]
     if len(tokenizer) < 200 or len(known) < 3:
         raise UserError(f"the tokenizer of {name} has lost its vocabulary ({len(tokenizer)} tokens): "
@@ -505,7 +537,8 @@ def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEnc
 
 
 def _local(name: str) -> str:
-    """A folder as typed, or relative to this clone (the shipped encoders); else the name itself, for the hub."""
+    """A folder as typed, or relative to this clone (the shipped encoders);
+    else the name itself, for the hub."""
     for path in (Path(name).expanduser(), HERE / name):
         if path.is_dir():
             return str(path)
@@ -513,35 +546,39 @@ def _local(name: str) -> str:
 
 
 def _load_pretrained(kind, name: str, model_types: tuple[str, ...], dtype):
-    """from_pretrained that accepts nothing half-loaded: transformers fills what is missing at random, silently."""
+    """from_pretrained that accepts nothing half-loaded:
+    transformers fills what is missing at random, silently."""
     import transformers
     from transformers import AutoConfig
     path = _local(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if path == name and not os.path.isdir(name) and looks_local:
-        raise UserError(f"no such folder: {name} (an encoder is a folder saved by save_pretrained, or a hub name "
-                        f"such as facebook/dinov2-large).")
+        raise UserError(f"no such folder: {name} (an encoder is a folder saved by save_pretrained, or a hub "
+                        f"name such as facebook/dinov2-large).")
     try:
         config, online = AutoConfig.from_pretrained(path, local_files_only=True), False
     except Exception:
         if os.path.isdir(path) or not _online():
-            why = "has no readable config.json" if os.path.isdir(path) else "is not cached and no network answers"
-            raise UserError(f"{name} {why}. Give a folder saved by save_pretrained, or run once where the hub can "
-                            f"be reached.")
+            why = ("has no readable config.json" if os.path.isdir(path)
+                   else "is not cached and no network answers")
+            raise UserError(f"{name} {why}. Give a folder saved by save_pretrained, "
+                            f"or run once where the hub can be reached.")
         print(f"downloading {name}", flush=True)
         config, online = _or_user_error(name, AutoConfig.from_pretrained, path), True
     if config.model_type not in model_types:
         raise UserError(f"{name} is a {config.model_type!r} model; needed: {' or '.join(model_types)}.")
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()   # its report of what is missing or unexpected is given below
+    transformers.utils.logging.set_verbosity_error()   # what is missing or unexpected is told below
     network, info = _or_user_error(name, kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
                                    local_files_only=not online)
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    wrong = [key for key in wrong if "position_ids" not in key and not key.startswith("lm_head.")]     # T5's last layer
+    wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+             + sorted(map(str, info["mismatched_keys"])))
+    wrong = [key for key in wrong if "position_ids" not in key
+             and not key.startswith("lm_head.")]       # T5's last layer
     if wrong:
-        raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or unexpected, the "
-                        f"first {wrong[0]}.")
-    if online:                                         # the tokenizer as well, so that later loads need no network
+        raise UserError(f"{name} does not fit its architecture: "
+                        f"{len(wrong)} weights missing or unexpected, the first {wrong[0]}.")
+    if online:                                         # the tokenizer too: later loads need no network
         with contextlib.suppress(Exception):
             from transformers import AutoTokenizer
             AutoTokenizer.from_pretrained(path)
@@ -570,7 +607,8 @@ def _online(timeout: float = 3.0) -> bool:
 def load_lpips(device) -> nn.Module:
     """LPIPS with VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) pairs in [-1, 1] -> (B, 1, 1, 1).
 
-    Raises UserError naming --lpips-weight 0 where the package, torchvision or VGG's weights (553 MB) cannot be had.
+    Raises UserError naming --lpips-weight 0 where the package,
+    torchvision or VGG's weights (553 MB) cannot be had.
     """
     try:
         import lpips
@@ -579,13 +617,14 @@ def load_lpips(device) -> nn.Module:
             warnings.simplefilter("ignore")
             network = lpips.LPIPS(net="vgg", verbose=False)
     except Exception as error:                         # ImportError, URLError, torchvision's RuntimeError
-        raise UserError(f"the perceptual loss needs lpips, torchvision and VGG16's weights ({_first_line(error)}). "
-                        f"Go without it: --lpips-weight 0.")
+        raise UserError(f"the perceptual loss needs lpips, torchvision and VGG16's weights "
+                        f"({_first_line(error)}). Go without it: --lpips-weight 0.")
     return network.eval().requires_grad_(False).to(device)
 
 
 def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
-    """lpips' own form has sqrt(0) where a feature vector is all zero (flat regions): its gradient there is NaN."""
+    """lpips' own form has sqrt(0) where a feature vector is all zero (flat regions):
+    its gradient there is NaN."""
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + eps ** 2)
 
 
@@ -595,7 +634,8 @@ def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
 
 
 def generator(seed: int, stage: str, step: int, what: str, device="cpu") -> torch.Generator:
-    """The generator for one purpose in one step. It depends on nothing else, so a resumed run needs no RNG state."""
+    """The generator for one purpose in one step.
+    It depends on nothing else, so a resumed run needs no RNG state."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}/{what}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -606,7 +646,8 @@ def _permutation(seed: int, stage: str, count: int, epoch: int) -> np.ndarray:
 
 
 def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarray:
-    """Indices (batch,) of the global batch of a step: one permutation of `count` after another, without a gap."""
+    """Indices (batch,) of the global batch of a step:
+    one permutation of `count` after another, without a gap."""
     positions = np.arange(step * batch, (step + 1) * batch)
     return np.array([_permutation(seed, stage, count, int(p) // count)[p % count] for p in positions])
 
@@ -618,7 +659,8 @@ def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarra
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path beside `path`, and moves it there when the block ends well: never half a file."""
+    """Yields a temporary path beside `path`, and moves it there when the block ends well:
+    never half a file."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -631,8 +673,8 @@ def atomic(path: Path):
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, UserError):
-            raise UserError(f"{path} could not be written ({_first_line(error)}); what stood there before is whole. "
-                            f"Make room or choose another --out, and run the same command again.")
+            raise UserError(f"{path} could not be written ({_first_line(error)}); what stood there before is "
+                            f"whole. Make room or choose another --out, and run the same command again.")
         raise
 
 
@@ -646,8 +688,9 @@ def save(path: Path, stage: str, cfg, **parts):
 def load(path: Path, stage: str, before: str = "") -> dict:
     """Reads a checkpoint of a stage onto the CPU; nothing in it is executed (weights_only).
 
-    Keys: format, stage, config, versions, model, step, seed, and what the stage adds (ema, optimizer, fingerprint, ...).
-    `before` is the command that makes it. Raises UserError: missing, damaged, another stage's, another format.
+    Keys: format, stage, config, versions, model, step, seed, and what the stage adds (ema, optimizer,
+    fingerprint, ...). `before` is the command that makes it. Raises UserError: missing, damaged, another
+    stage's, another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -656,9 +699,9 @@ def load(path: Path, stage: str, before: str = "") -> dict:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         if not isinstance(checkpoint, dict) or "format" not in checkpoint:
             raise ValueError("not a checkpoint of this project")
-    except Exception as error:                         # UnpicklingError, RuntimeError, EOFError, ... all say the same
-        raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)[:160]}). Restore it, or start over "
-                        f"with --fresh.")
+    except Exception as error:                         # UnpicklingError, RuntimeError, EOFError: all the same
+        raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)[:160]}). "
+                        f"Restore it, or start over with --fresh.")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}; this code reads format {FORMAT}.")
     if checkpoint.get("stage") != stage:
@@ -682,12 +725,13 @@ class Checkpoint(dict):
 
 
 def load_weights(module: nn.Module, state: dict, path: Path):
-    """Loads weights, all of them, of the right shapes and finite; half precision comes back as the module's own."""
+    """Loads weights, all of them, of the right shapes and finite;
+    half precision comes back as the module's own."""
     own = module.state_dict()
     for what, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
         if keys:
-            raise UserError(f"{path} {what} weights: {len(keys)}, the first {min(keys)}. It was made with other "
-                            f"code or another transformers (here {versions()['transformers']}).")
+            raise UserError(f"{path} {what} weights: {len(keys)}, the first {min(keys)}. It was made with "
+                            f"other code or another transformers (here {versions()['transformers']}).")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or value.shape != own[key].shape:
             raise UserError(f"{path}: {key} is {tuple(getattr(value, 'shape', ()))}, the model needs "
@@ -698,14 +742,16 @@ def load_weights(module: nn.Module, state: dict, path: Path):
 
 
 def check_encoder(found: str, checkpoint: dict, name: str):
-    """Raises UserError where the encoder of that name is no longer the one that a checkpoint was trained with."""
+    """Raises UserError where the encoder of that name is no longer the one that a
+    checkpoint was trained with."""
     if checkpoint["encoder_fingerprint"] != found:
-        raise UserError(f"the weights of {name} are not those that the checkpoint was trained with. Bring them back, or "
-                        f"start over with --fresh.")
+        raise UserError(f"the weights of {name} are not those that the checkpoint was trained with. Bring "
+                        f"them back, or start over with --fresh.")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
-    """Loads the moments, of the right shapes and finite: a fused AdamW would read past the end of a short one."""
+    """Loads the moments, of the right shapes and finite:
+    a fused AdamW would read past the end of a short one."""
     settings = [set(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
@@ -724,7 +770,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
 
 
 def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
-    """sha256 over names, types, shapes and bytes of all weights, and a description: which model made these latents?"""
+    """sha256 over names, types, shapes and bytes of all weights, and a description:
+    which model made these latents?"""
     digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True).encode())
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
@@ -786,10 +833,11 @@ class Stopped(Exception):
 
 
 class Run:
-    """What a training run is besides mathematics: device, precision, ranks, the lock on --out, signals, the log.
+    """What a training run is besides mathematics:
+    device, precision, ranks, the lock on --out, signals, the log.
 
-    Under torchrun each rank takes its slice of every global batch; what is drawn at random is drawn for the whole
-    batch and then sliced, so that neither the data nor the noise depends on the number of processes.
+    Under torchrun each rank takes its slice of every global batch; what is drawn at random is drawn for the
+    whole batch and then sliced, so that neither the data nor the noise depends on the number of processes.
     """
 
     def __init__(self, cfg, stage: str, terms: tuple[str, ...] = ()):
@@ -801,10 +849,11 @@ class Run:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
         if cfg.batch % (self.world * cfg.micro_batches):
-            raise UserError(f"--batch {cfg.batch} does not divide by {self.world} processes x --micro-batches "
-                            f"{cfg.micro_batches}.")
+            raise UserError(f"--batch {cfg.batch} does not divide by {self.world} processes x "
+                            f"--micro-batches {cfg.micro_batches}.")
         torch.set_float32_matmul_precision("high")     # TF32 where the card has it
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16,
+                                               enabled=cfg.precision == "bf16")
         self.pending, self.broken, self.stop = [], {}, 0
         self.lock = take_lock(self.out, stage) if self.main else None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -832,7 +881,8 @@ class Run:
         return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
     def average(self, tensors):
-        """Averages tensors over the ranks, in place: gradients (each rank's loss is a mean over equal slices)."""
+        """Averages tensors over the ranks, in place:
+        gradients (each rank's loss is a mean over equal slices)."""
         if self.world > 1:
             tensors = [t for t in tensors if t is not None]
             flat = torch.cat([t.reshape(-1) for t in tensors]) / self.world
@@ -855,7 +905,8 @@ class Run:
             seed = int(generator(cfg.seed, self.stage, step, "augment").initial_seed()) if augment else None
             return self.mine([(int(row), None if seed is None else seed + i) for i, row in enumerate(rows)])
 
-        stream = batches(Pictures(folder, size), keys, start, cfg.steps, cfg.workers, self.device.type == "cuda")
+        stream = batches(Pictures(folder, size), keys, start, cfg.steps, cfg.workers,
+                         self.device.type == "cuda")
         for step, (images, broken) in enumerate(stream, start):
             self.count_broken(broken)
             yield step, to_float(images, self.device)
@@ -863,9 +914,11 @@ class Run:
     def held_out(self, folder: Folder, size: int, most: int = 64) -> torch.Tensor:
         """The first held-out pictures on the device, (N, 3, size, size) in [-1, 1]."""
         pictures = Pictures(folder, size)
-        images, broken = pictures.collate([pictures[(i, None)] for i in range(min(most, len(pictures)))])
+        count = min(most, folder.own or len(pictures))
+        images, broken = pictures.collate([pictures[(i, None)] for i in range(count)])
         for index, reason in sorted(set(broken)):
-            self.say(f"cannot read {folder.images[index]!r}, held out: {reason}; the next picture takes its place")
+            self.say(f"cannot read {folder.images[index]!r}, held out: {reason}; "
+                     f"the next picture takes its place")
         return to_float(images, self.device)
 
     def count_broken(self, broken: list[tuple[int, str]]):
@@ -890,11 +943,13 @@ class Run:
                 kept = [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
                         and int(row["step"]) <= start and None not in row.values()]
         with atomic(path) as partial, open(partial, "w", newline="") as lines:
-            writer = csv.DictWriter(lines, self.columns, restval="", extrasaction="ignore", lineterminator="\n")
+            writer = csv.DictWriter(lines, self.columns, restval="", extrasaction="ignore",
+                                    lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
         self.csv = open(path, "a", newline="")
-        self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.stage, dynamic_ncols=True, smoothing=0.05,
+        self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.stage, dynamic_ncols=True,
+                        smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 30)         # a log file wants fewer lines
 
     def record(self, losses: dict[str, torch.Tensor]):
@@ -903,8 +958,10 @@ class Run:
         self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
 
     def examine(self, step: int, learning_rate: float) -> torch.Tensor:
-        """Fetches the terms since the last log, averaged over ranks; a value that is not finite ends the run."""
-        values = torch.stack(self.pending) if self.pending else torch.zeros(0, len(self.terms), device=self.device)
+        """Fetches the terms since the last log, averaged over ranks;
+        a value that is not finite ends the run."""
+        values = (torch.stack(self.pending) if self.pending
+                  else torch.zeros(0, len(self.terms), device=self.device))
         self.average([values])
         values = values.cpu()
         bad = (~torch.isfinite(values)).nonzero()
@@ -914,9 +971,10 @@ class Run:
             terms = ", ".join(f"{name} is {value}" for name, value in zip(self.terms, values[row].tolist())
                               if not math.isfinite(value))
             last = self.out / f"{self.stage}.pt"
-            raise UserError(f"{terms} at step {at}, learning rate "
-                            f"{learning_rate:.3g}. The last good checkpoint is "
-                            f"{f'{last}; run again with --fresh and a lower learning rate' if last.exists() else 'none'}.")
+            raise UserError(
+                f"{terms} at step {at}, learning rate {learning_rate:.3g}. The last good checkpoint is "
+                f"{f'{last}; run again with --fresh and a lower learning rate' if last.exists() else 'none'}"
+                f".")
         return values
 
     def log(self, step: int, learning_rate: float, held_out: dict[str, float] | None = None):
@@ -948,7 +1006,8 @@ class Run:
     # -- how it ends
 
     def stopping(self, step: int) -> bool:
-        """True at the step boundary after a signal. Ranks agree on it at every tenth step, so that none waits alone."""
+        """True at the step boundary after a signal.
+        Ranks agree on it at every tenth step, so that none waits alone."""
         if self.world == 1:
             return bool(self.stop)
         if step % 10:
@@ -981,8 +1040,8 @@ class Run:
 def take_lock(out: Path, stage: str):
     """The open file that keeps a second run of a stage out of `out`; closing it, or dying, lets it go.
 
-    Raises UserError naming the process that has it. lockf, not flock: worker processes do not inherit it, so that
-    it dies with the run even where they outlive a kill -9 for a while.
+    Raises UserError naming the process that has it. lockf, not flock: worker processes do not inherit it, so
+    that it dies with the run even where they outlive a kill -9 for a while.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1022,8 +1081,9 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 # 6 The command line
 # ------------------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {"steps", "workers", "save_every", "log_every", "eval_every", "micro_batches", "device", "compile",
-              "checkpointing", "max_broken", "out", "fresh", "latents", "encode_only", "evaluate", "reconstruct"}
+MAY_CHANGE = {"steps", "workers", "save_every", "log_every", "eval_every", "micro_batches", "device",
+              "compile", "checkpointing", "max_broken", "out", "fresh", "latents", "encode_only", "evaluate",
+              "reconstruct"}
 
 
 def flag(name: str) -> str:
@@ -1036,14 +1096,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. `python {self.prog} --help` lists every flag.")
 
 
-def read_flags(Config, argv: list[str] | None, description: str) -> dict:
-    """Only what was typed, as {field: value}. Each field of the dataclass is a flag; its comment is its help."""
+def read_flags(Config, argv: list[str] | None, description: str, presets: dict[str, dict] = {}) -> dict:
+    """Only what was typed, as {field: value}.
+    Each field of the dataclass is a flag; its comment is its help."""
     parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
         kind = f.type
-        text = f"{help_of.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        defaults = [f"{f.default}",
+                    *(f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset)]
+        text = f"{help_of.get(f.name, '')} [{'; '.join(defaults)}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
         elif kind == tuple[int, ...]:
@@ -1059,10 +1122,11 @@ def read_flags(Config, argv: list[str] | None, description: str) -> dict:
 
 def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | None = None,
               saved: dict | None = None, strict: bool = True):
-    """The Config of a run: typed over inherited over the preset over the defaults; or, on resume, the saved one.
+    """The Config of a run: typed over inherited over the preset over the defaults;
+    or, on resume, the saved one.
 
-    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE, or nothing is
-    to be trained (strict=False).
+    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE, or
+    nothing is to be trained (strict=False).
     """
     if saved is not None:
         saved = {f.name: tuple(saved[f.name]) if isinstance(saved[f.name], list) else saved[f.name]
@@ -1070,12 +1134,13 @@ def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | N
         for name, value in typed.items():
             if strict and name not in MAY_CHANGE and name in saved and saved[name] != value:
                 raise UserError(f"{flag(name)} {value} contradicts the checkpoint, which has {flag(name)} "
-                                f"{saved[name]}. Leave the flag out to go on with it, or start over with --fresh.")
+                                f"{saved[name]}. Leave the flag out to go on with it, "
+                                f"or start over with --fresh.")
         try:
             return Config(**saved | typed | {"fresh": False})
         except TypeError as error:
-            raise UserError(f"the configuration in the checkpoint does not fit ({_first_line(error)}). Start over "
-                            f"with --fresh.")
+            raise UserError(f"the configuration in the checkpoint does not fit ({_first_line(error)}). "
+                            f"Start over with --fresh.")
     values = (inherited or {}) | typed
     preset = values.get("preset") or ("full" if values.get("data") else "tiny")
     if preset not in presets:
@@ -1102,7 +1167,8 @@ def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path
     """What a stage takes over from the config of the one before it, unless typed; said in one line."""
     taken = {name: parent[name] for name in names if name not in typed} if parent else {}
     if taken:
-        shown = ", ".join(f"{name} {value if value != '' else 'built-in world'}" for name, value in taken.items())
+        shown = ", ".join(f"{name} {value if value != '' else 'built-in world'}"
+                          for name, value in taken.items())
         print(f"from {path}: {shown}", flush=True)
     return taken
 
@@ -1111,7 +1177,8 @@ def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
     """Says where a run goes on, or that there is nothing left to do."""
     step, before = checkpoint["step"], checkpoint["config"]["steps"]
     if step >= cfg.steps:
-        print(f"{path} is finished: {step:,} steps. A larger --steps goes on, --fresh starts over.", flush=True)
+        print(f"{path} is finished: {step:,} steps. A larger --steps goes on, --fresh starts over.",
+              flush=True)
         return True
     decay = f"; --steps was {before:,}, the decay of the learning rate follows" if before != cfg.steps else ""
     print(f"{path}: going on from step {step:,} of {cfg.steps:,}{decay}", flush=True)
@@ -1119,7 +1186,8 @@ def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
 
 
 def set_aside(out: Path, *names: str):
-    """--fresh: moves the old run's files into out/old-<n>/ instead of deleting them, unless it is still running."""
+    """--fresh: moves the old run's files into out/old-<n>/ instead of deleting them,
+    unless it is still running."""
     present = [out / name for name in names if (out / name).exists()]
     if present and os.environ.get("RANK", "0") == "0":
         with take_lock(out, present[0].stem):
@@ -1131,11 +1199,12 @@ def set_aside(out: Path, *names: str):
 
 
 def program(main):
-    """Wraps main(argv) into a program: exit code 0, 2 with one line for a UserError, 130 or 143 after a signal."""
+    """Wraps main(argv) into a program:
+    exit code 0, 2 with one line for a UserError, 130 or 143 after a signal."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-        with contextlib.suppress(AttributeError):      # a name or caption that the terminal cannot show is no error
+        with contextlib.suppress(AttributeError):      # what the terminal cannot show is no error
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main(argv)
@@ -1147,12 +1216,12 @@ def program(main):
             return 128 + stopped.args[0]
         except KeyboardInterrupt:
             return 130
-        except OSError as error:                       # a full disk, a folder without permission, a disk that is gone
+        except OSError as error:                       # a full disk, no permission, a disk that is gone
             print(f"error: {_first_line(error)}", file=sys.stderr, flush=True)
             return 2
         except torch.cuda.OutOfMemoryError as error:
-            print(f"error: the GPU's memory is full ({_first_line(error)}). More --micro-batches, --checkpointing "
-                  f"or a smaller --batch make it fit.", file=sys.stderr)
+            print(f"error: the GPU's memory is full ({_first_line(error)}). More --micro-batches, "
+                  f"--checkpointing or a smaller --batch make it fit.", file=sys.stderr)
             return 2
         finally:
             with contextlib.suppress(ValueError, TypeError):
@@ -1174,12 +1243,14 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
-    """Feature maps (B, h, w, c) as colours: their first three principal components, fitted on the first of them."""
+    """Feature maps (B, h, w, c) as colours:
+    their first three principal components, fitted on the first of them."""
     first = maps[0].detach().double().cpu().flatten(0, 2)
     mean = first.mean(0)
     _, _, axes = torch.linalg.svd(first - mean, full_matrices=False)
-    axes = F.pad(axes, (0, 0, 0, max(0, 3 - len(axes))))               # fewer than three make the other colours black
-    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign().where(axes[:3].sum(1, keepdim=True) != 0, torch.ones(()))
+    axes = F.pad(axes, (0, 0, 0, max(0, 3 - len(axes))))               # fewer than 3: other colours black
+    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign().where(
+        axes[:3].sum(1, keepdim=True) != 0, torch.ones(()))
     low, high = torch.quantile((first - mean) @ axes.T, torch.tensor([0.02, 0.98], dtype=torch.double), dim=0)
     out = []
     for one in maps:
@@ -1189,18 +1260,21 @@ def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
     return out
 
 
-def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None, heads: list[str] | None = None,
-         gap: int = 4, least: int = 96) -> Image.Image:
-    """Rows of uint8 pictures on white, each with a caption under it; small ones are enlarged to `least` pixels."""
+def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
+         heads: list[str] | None = None, gap: int = 4, least: int = 96) -> Image.Image:
+    """Rows of uint8 pictures on white, each with a caption under it;
+    small ones are enlarged to `least` pixels."""
     font = ImageFont.load_default(11)
     scale = max(1, -(-least // rows[0][0].shape[0]))
     width = max(picture.shape[1] for row in rows for picture in row) * scale
     height = max(picture.shape[0] for row in rows for picture in row) * scale
-    lines = [[_wrap(text, font, width) for text in row] for row in captions] if captions else [[[]]] * len(rows)
+    lines = ([[_wrap(text, font, width) for text in row] for row in captions]
+             if captions else [[[]]] * len(rows))
     tails = [13 * max((len(cell) for cell in row), default=0) + (3 if captions else 0) for row in lines]
     head = 16 if heads else 0
     columns = max(map(len, rows))
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, sum(height + gap + t for t in tails) + gap + head), "white")
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, sum(height + gap + t for t in tails) + gap + head), "white")
     pen, y = ImageDraw.Draw(sheet), gap + head
     for i, text in enumerate(heads or []):
         pen.text((gap + i * (width + gap), 2), text, "black", font)
@@ -1208,7 +1282,8 @@ def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None, 
         for i, picture in enumerate(row):
             x = gap + i * (width + gap)
             image = Image.fromarray(picture)
-            sheet.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), (x, y))
+            sheet.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST),
+                        (x, y))
             for j, line in enumerate(cells[i] if i < len(cells) else []):
                 pen.text((x, y + height + 2 + 13 * j), line, "black", font)
         y += height + gap + tail
@@ -1254,14 +1329,16 @@ def main(argv: list[str] | None = None):
     print(f"{train.root}: layout {train.layout}, read in {time.monotonic() - begin:.1f} s")
     for name, part in (("training", train), ("held out", held_out)):
         edits = sum(row[2] >= 0 for row in part.rows)
-        print(f"  {name:9s} {len(part.images):8,} pictures, {len(part.rows) - edits:8,} captions, {edits:8,} edits")
+        print(f"  {name:9s} {len(part.images):8,} pictures, "
+              f"{len(part.rows) - edits:8,} captions, {edits:8,} edits")
     texts = [row[1] for row in train.rows]
-    print(f"  captions: {len(set(texts)):,} distinct, {sum(map(len, texts)) / max(1, len(texts)):.0f} characters on average, "
-          f"the longest {max(map(len, texts), default=0):,}")
+    print(f"  captions: {len(set(texts)):,} distinct, {sum(map(len, texts)) / max(1, len(texts)):.0f} "
+          f"characters on average, the longest {max(map(len, texts), default=0):,}")
     parts = [train] if held_out is train else [held_out, train]
     pictures, broken = Pictures(train, cfg.image_size), [line for part in parts for line in part.skipped]
     begin, sizes = time.monotonic(), []
-    for number, (part, index) in enumerate((part, index) for part in parts for index in range(len(part.images))):
+    for number, (part, index) in enumerate(
+            (part, index) for part in parts for index in range(len(part.images))):
         try:
             Pictures(part, cfg.image_size).read(index)
             with Image.open(part.path(index)) as image:
@@ -1272,14 +1349,16 @@ def main(argv: list[str] | None = None):
             print(f"  (the first {number + 1:,} pictures were opened; the rest was left after 30 s)")
             break
     if sizes:
-        print(f"  sizes: {min(sizes)} to {max(sizes)}; {len(sizes) / (time.monotonic() - begin):.0f} pictures a second "
-              f"and process at {cfg.image_size} px")
+        print(f"  sizes: {min(sizes)} to {max(sizes)}; {len(sizes) / (time.monotonic() - begin):.0f} "
+              f"pictures a second and process at {cfg.image_size} px")
     print(f"  broken or skipped: {len(broken)}" + "".join(f"\n    {line}" for line in broken))
     chosen = [train.rows[i] for i in order(0, "sheet", len(train.rows), min(24, len(train.rows)), 0)]
-    cells = [(np.asarray(Image.fromarray(pictures[(image, None)][0].permute(1, 2, 0).numpy()).resize((128, 128))), text)
+    cells = [(np.asarray(Image.fromarray(
+                  pictures[(image, None)][0].permute(1, 2, 0).numpy()).resize((128, 128))), text)
              for image, text, _ in chosen]
     rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
-    save_png(grid([[c[0] for c in row] for row in rows], [[c[1] for c in row] for row in rows]), Path(cfg.out) / "data.png")
+    save_png(grid([[c[0] for c in row] for row in rows], [[c[1] for c in row] for row in rows]),
+             Path(cfg.out) / "data.png")
     print(f"  contact sheet: {Path(cfg.out) / 'data.png'}")
 
 

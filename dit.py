@@ -1,21 +1,23 @@
-"""dit.py - stage 3, the Diffusion Transformer: learns to turn noise into latents of PS-VAE, conditioned on a text.
+"""dit.py - stage 3, the Diffusion Transformer:
+learns to turn noise into latents of PS-VAE, conditioned on a text.
 
-Noise is added to clean latents z_0 to an extent t, and a transformer guesses the noise from z_t, t and the caption c.
-The same network edits: the latents of a source picture join the sequence as further tokens, and the text is then an
-instruction. This file never sees a pixel: sample.py decodes.
+Noise is added to clean latents z_0 to an extent t, and a transformer guesses the noise from z_t, t and the
+caption c. The same network edits: the latents of a source picture join the sequence as further tokens, and
+the text is then an instruction. This file never sees a pixel: sample.py decodes.
 
 Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
 
-    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps_hat (B,16,16,96)
-    source, if any -> the same + type, 256 more tokens   ^   ^               ^
+    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps_hat
+    source, if any -> the same + type, 256 more tokens   ^   ^               ^               (B,16,16,96)
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
     python dit.py                         reads out/latents: @DIT_TIME@
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
-Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once), out/dit.pt,
-out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again, it goes on.
+Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
+out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again,
+it goes on.
 Expect (tiny): @DIT_EXPECT@
 """
 
@@ -63,7 +65,7 @@ class Config:
     ema: float = 0.9999                     # decay of the averaged weights that sampling uses
     precision: str = "bf16"                 # bf16 (autocast; loss in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
-    checkpointing: bool = False             # recompute activations in the backward pass: less memory, a third slower
+    checkpointing: bool = False             # recompute activations going back: less memory, a third slower
     device: str = "auto"                    # auto, cpu or cuda
     workers: int = 4                        # processes that read latents
     max_broken: float = 0.01                # largest tolerated fraction of unusable rows
@@ -74,23 +76,25 @@ class Config:
     fresh: bool = False                     # move the old run aside and start over
 
     def __post_init__(self):
-        data.check(self, max_tokens=(1, 4096), width=(2, 65536), depth=(1, 1000), heads=(1, 1000), T=(1, 100_000),
-                   beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999), drop_text=(0, 1), drop_both=(0, 1),
-                   edit_fraction=(0, 1), steps=(1, 1e9), batch=(1, 1e6), micro_batches=(1, 1e6), learning_rate=(0, 10),
-                   weight_decay=(0, 10), warmup=(0, 1e9), clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512),
-                   max_broken=(0, 1), log_every=(1, 1e9), eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
+        data.check(self, max_tokens=(1, 4096), width=(2, 65536), depth=(1, 1000), heads=(1, 1000),
+                   T=(1, 100_000), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999), drop_text=(0, 1),
+                   drop_both=(0, 1), edit_fraction=(0, 1), steps=(1, 1e9), batch=(1, 1e6),
+                   micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10), warmup=(0, 1e9),
+                   clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512), max_broken=(0, 1), log_every=(1, 1e9),
+                   eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
                           schedule=("scaled_linear", "linear"), size=("", *SIZES))
         if self.width % self.heads:
             raise data.UserError(f"--width {self.width} does not divide by --heads {self.heads}.")
 
 
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}     # width, depth, heads
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
+         "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=4000, batch=64,
-                 learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32", compile=False, workers=0, log_every=20,
-                 eval_every=500, save_every=500),
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=4000,
+                 batch=64, learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32", compile=False,
+                 workers=0, log_every=20, eval_every=500, save_every=500),
 }
 
 
@@ -99,8 +103,10 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------------------------
 
 
-def noise_schedule(T: int, beta_start: float, beta_end: float, schedule: str = "scaled_linear") -> torch.Tensor:
-    """Eq. 21: alpha_bar_0 .. alpha_bar_T, (T + 1,) float64. alpha_bar_0 = 1 stands in front: no noise at t = 0."""
+def noise_schedule(T: int, beta_start: float, beta_end: float,
+                   schedule: str = "scaled_linear") -> torch.Tensor:
+    """Eq. 21: alpha_bar_0 .. alpha_bar_T, (T + 1,) float64.
+    alpha_bar_0 = 1 stands in front: no noise at t = 0."""
     if schedule == "scaled_linear":         # "scaled": it is sqrt(beta) that grows linearly
         beta = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64) ** 2
     else:
@@ -111,14 +117,16 @@ def noise_schedule(T: int, beta_start: float, beta_end: float, schedule: str = "
 
 
 def add_noise(z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """Eq. 20, 22: z_0, eps (B, ...), t (B,) in 1 .. T, alpha_bar (T + 1,) -> z_t (B, ...) in the type of z_0."""
+    """Eq. 20, 22: z_0, eps (B, ...), t (B,) in 1 .. T,
+    alpha_bar (T + 1,) -> z_t (B, ...) in the type of z_0."""
     ab = alpha_bar[t].view(-1, *[1] * (z_0.dim() - 1))                      # (B, 1, ...)
     # Eq. 20: q(z_t | z_0) = N( z_t; sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I ), that is
     # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
     return ab.sqrt().to(z_0.dtype) * z_0 + (1 - ab).sqrt().to(z_0.dtype) * eps
 
 
-def predict_z_0(z_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+def predict_z_0(z_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
+                alpha_bar: torch.Tensor) -> torch.Tensor:
     """Eq. 22 solved for z_0; shapes as in add_noise."""
     ab = alpha_bar[t].view(-1, *[1] * (z_t.dim() - 1))
     return (z_t - (1 - ab).sqrt().to(z_t.dtype) * eps) / ab.sqrt().to(z_t.dtype)
@@ -134,7 +142,8 @@ def predict_z_0(z_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar
 
 
 def timestep_embedding(t: torch.Tensor, d: int) -> torch.Tensor:
-    """Eq. 25 without its MLP (that is DiT.time): t (B,) -> (B, d), in fp32: bf16 cannot tell t = 999 from 1000."""
+    """Eq. 25 without its MLP (that is DiT.time):
+    t (B,) -> (B, d), in fp32: bf16 cannot tell t = 999 from 1000."""
     i = torch.arange(d // 2, device=t.device, dtype=torch.float32)
     # Eq. 25: t_emb = MLP( [ sin(t / 10000^(2i/d)), cos(t / 10000^(2i/d)) ] ), i = 0 .. d/2 - 1
     angle = t.float()[:, None] / 10000 ** (2 * i / d)                       # (B, d/2)
@@ -142,7 +151,8 @@ def timestep_embedding(t: torch.Tensor, d: int) -> torch.Tensor:
 
 
 def adaln(h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Eq. 27: h (B, N, D), gamma, beta (B, 1, D). LayerNorm has no weights of its own: gamma and beta are these."""
+    """Eq. 27: h (B, N, D), gamma, beta (B, 1, D).
+    LayerNorm has no weights of its own: gamma and beta are these."""
     # Eq. 27: AdaLN(h) = gamma * LayerNorm(h) + beta, gamma and beta from an MLP of t_emb
     return gamma * F.layer_norm(h, h.shape[-1:]) + beta
 
@@ -157,17 +167,19 @@ class SelfAttention(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         # Eq. 28: Q, K, V = h W_Q, h W_K, h W_V; Attention(Q, K, V) = softmax( Q K^T / sqrt(d_k) ) V
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, N, d_k)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d_k)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Eq. 29: h (B, N, D) looks at the text; its keys and values do not depend on t, so they are computed apart."""
+    """Eq. 29: h (B, N, D) looks at the text;
+    its keys and values do not depend on t, so they are computed apart."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.q, self.kv, self.out = (nn.Linear(width, width), nn.Linear(width, 2 * width),
+                                     nn.Linear(width, width))
 
     def keys_values(self, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c (B, L, D) -> K, V (B, heads, L, d_k)."""
@@ -195,13 +207,14 @@ class FFN(nn.Module):
 class DiTBlock(nn.Module):
     """h (B, N, D) -> (B, N, D): self-attention, cross-attention, FFN, each after an AdaLN and behind a gate.
 
-    All nine modulation vectors come from one Linear of t_emb that starts at zero: AdaLN's gamma is 1 + 0, its beta 0,
-    the gate 0, so a fresh block is the identity (adaLN-Zero, Peebles and Xie 2023).
+    All nine modulation vectors come from one Linear of t_emb that starts at zero: AdaLN's gamma is 1 + 0, its
+    beta 0, the gate 0, so a fresh block is the identity (adaLN-Zero, Peebles and Xie 2023).
     """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.attention, self.cross, self.ffn = SelfAttention(width, heads), CrossAttention(width, heads), FFN(width)
+        self.attention, self.cross, self.ffn = (SelfAttention(width, heads), CrossAttention(width, heads),
+                                                FFN(width))
         self.modulation = nn.Sequential(nn.SiLU(), zero_linear(width, 9 * width))
 
     def forward(self, h: torch.Tensor, modulation: torch.Tensor, k, v, mask) -> torch.Tensor:
@@ -224,17 +237,18 @@ def zero_linear(d_in: int, d_out: int) -> nn.Linear:
 class DiT(nn.Module):
     """eps_theta(z_t, t, c[, source]). A fresh one predicts 0 everywhere.
 
-    Args of forward: z_t (B, h, w, z_dim) normalised latents with noise; t (B,) in 1 .. T; c (B, L, d_text) text
-    embeddings and mask (B, L), True at tokens; source (B, h, w, z_dim) normalised clean latents of the picture to
-    edit, or None. Returns eps_hat (B, h, w, z_dim).
+    Args of forward: z_t (B, h, w, z_dim) normalised latents with noise; t (B,) in 1 .. T; c (B, L, d_text)
+    text embeddings and mask (B, L), True at tokens; source (B, h, w, z_dim) normalised clean latents of the
+    picture to edit, or None. Returns eps_hat (B, h, w, z_dim).
     """
 
-    def __init__(self, grid: int, z_dim: int, d_text: int, width: int, depth: int, heads: int, checkpointing=False):
+    def __init__(self, grid: int, z_dim: int, d_text: int, width: int, depth: int, heads: int,
+                 checkpointing=False):
         super().__init__()
         self.grid, self.checkpointing = grid, checkpointing
         self.embed = nn.Linear(z_dim, width)
         self.position = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
-        self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # what tells a source token from a z_t token
+        self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # tells source tokens from z_t's
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.text = nn.Linear(d_text, width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
@@ -267,7 +281,7 @@ class DiT(nn.Module):
             else:
                 h = block(h, modulation, k, v, mask)
         scale, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
-        h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # the source tokens have done their part
+        h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # the source tokens' part is done
         return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))    # (B, h, w, z_dim)
 
 
@@ -283,7 +297,8 @@ def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> to
 
 
 def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """Every channel to mean 0, variance 1: Eq. 22 mixes z_0 with noise of variance 1, and latents are not N(0, I)."""
+    """Every channel to mean 0, variance 1: Eq. 22 mixes z_0 with noise of variance 1,
+    and latents are not N(0, I)."""
     return (z - mean) / variance.sqrt()
 
 
@@ -299,10 +314,11 @@ def dit_loss(eps: torch.Tensor, eps_hat: torch.Tensor) -> torch.Tensor:
 
 
 class Latents(torch.utils.data.Dataset):
-    """out/latents/ and out/text/ as rows. A key is (row, drop_text, drop_source); rows of a batch agree in drop_source.
+    """out/latents/ and out/text/ as rows.
+    A key is (row, drop_text, drop_source); rows of a batch agree in drop_source.
 
-    A batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu of the sources
-    or None; L is padded to a multiple of 16.
+    A batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu of the
+    sources or None; L is padded to a multiple of 16.
     """
 
     def __init__(self, folder: Path, meta: dict, rows: list[dict], texts: "Texts"):
@@ -323,14 +339,15 @@ class Latents(torch.utils.data.Dataset):
         image, source = self.image[row], -1 if drop_source else self.source[row]
         mu = torch.from_numpy(self.mu[image].astype(np.float32))
         log_var = (torch.from_numpy(self.log_var[image].astype(np.float32)) if self.log_var is not None
-                   else torch.full_like(mu, -30))                           # no variance was kept: sigma = 3e-7
+                   else torch.full_like(mu, -30))                           # no variance kept: sigma = 3e-7
         return mu, log_var, self.texts[self.texts.null if drop_text else self.text[row]], \
             torch.from_numpy(self.mu[source].astype(np.float32)) if source >= 0 else None
 
     def collate(self, items):
         mu, log_var, texts, sources = zip(*items)
         length = -(-max(map(len, texts)) // 16) * 16
-        c, mask = torch.zeros(len(items), length, texts[0].shape[1]), torch.zeros(len(items), length, dtype=torch.bool)
+        c, mask = (torch.zeros(len(items), length, texts[0].shape[1]),
+                   torch.zeros(len(items), length, dtype=torch.bool))
         for i, text in enumerate(texts):
             c[i, :len(text)], mask[i, :len(text)] = text, True
         source = torch.stack(sources) if sources[0] is not None else None
@@ -338,7 +355,8 @@ class Latents(torch.utils.data.Dataset):
 
 
 class Texts:
-    """Embeddings of distinct captions, float16, one after another in out/text/embeddings.npy; [i] -> (L, d_text)."""
+    """Embeddings of distinct captions, float16, one after another in out/text/embeddings.npy;
+    [i] -> (L, d_text)."""
 
     def __init__(self, folder: Path, captions: list[str]):
         self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
@@ -353,9 +371,11 @@ class Texts:
 
 @torch.no_grad()
 def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
-    """Embeds each distinct caption once and frees the encoder, before the DiT needs the memory; kept in out/text/."""
+    """Embeds each distinct caption once and frees the encoder, before the DiT needs the memory;
+    kept in out/text/."""
     folder = run.out / "text"
-    key = {"captions": data.digest_of(captions), "encoder": data.stamp(cfg.text_encoder), "max_tokens": cfg.max_tokens}
+    key = {"captions": data.digest_of(captions), "encoder": data.stamp(cfg.text_encoder),
+           "max_tokens": cfg.max_tokens}
     meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").exists() else {}
     if run.main and any(meta.get(name) != value for name, value in key.items()):
         work = run.out / "text.partial"
@@ -363,12 +383,14 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
         encoder = data.load_text_encoder(cfg.text_encoder, cfg.max_tokens, run.device)
         lengths = [len(ids) for ids in encoder.tokenizer(captions)["input_ids"]]
         cut, lengths = sum(n > cfg.max_tokens for n in lengths), [min(n, cfg.max_tokens) for n in lengths]
-        data.free_space(work, 2 * sum(lengths) * encoder.dim, f"embeddings of {len(captions):,} distinct captions")
+        data.free_space(work, 2 * sum(lengths) * encoder.dim,
+                        f"embeddings of {len(captions):,} distinct captions")
         if cut:
             run.say(f"{cut:,} captions are longer than {cfg.max_tokens} tokens and were cut (--max-tokens)")
-        array = np.lib.format.open_memmap(work / "embeddings.npy", "w+", np.float16, (sum(lengths), encoder.dim))
+        array = np.lib.format.open_memmap(work / "embeddings.npy", "w+", np.float16,
+                                          (sum(lengths), encoder.dim))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        by_length = sorted(range(len(captions)), key=lengths.__getitem__)   # captions of one length need no padding
+        by_length = sorted(range(len(captions)), key=lengths.__getitem__)   # equal lengths need no padding
         for start in data.tqdm(range(0, len(captions), 256), desc="texts", mininterval=1):
             part = by_length[start:start + 256]
             # Eq. 26: c = TextEncoder(prompt), c in R^(L x d_text)
@@ -387,13 +409,15 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
 
 
 def is_edit(step: int, fraction: float) -> bool:
-    """Whether a step's batch is one of edits: evenly spread, floor(step * fraction) of them before each step."""
+    """Whether a step's batch is one of edits:
+    evenly spread, floor(step * fraction) of them before each step."""
     return math.floor((step + 1) * fraction) > math.floor(step * fraction)
 
 
-def keys_of_step(step: int, cfg: Config, captions: list[int], edits: list[int]) -> list[tuple[int, bool, bool]]:
-    """The global batch of a step as keys of Latents. Never the source alone is dropped: that would teach the model to
-    draw a whole picture from "make it green"."""
+def keys_of_step(step: int, cfg: Config, captions: list[int],
+                 edits: list[int]) -> list[tuple[int, bool, bool]]:
+    """The global batch of a step as keys of Latents. Never the source alone is dropped: that would teach the
+    model to draw a whole picture from "make it green"."""
     share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
     edit, edits_before = is_edit(step, share), math.floor(step * share)
     rows, number = (edits, edits_before) if edit else (captions, step - edits_before)
@@ -421,20 +445,25 @@ def averaged(model: DiT, ema: dict[str, torch.Tensor]):
 
 def held_out_batch(run: data.Run, latents: Latents, rows: list[int], mean, variance, most: int = 64):
     """(z_0, c, mask, source) of the first rows, on the device; z_0 is the normalised mu."""
-    mu, _, c, mask, source = run.to_device(latents.collate([latents[(row, False, False)] for row in rows[:most]]))
-    return normalise(mu, mean, variance), c, mask, source if source is None else normalise(source, mean, variance)
+    mu, _, c, mask, source = run.to_device(
+        latents.collate([latents[(row, False, False)] for row in rows[:most]]))
+    return (normalise(mu, mean, variance), c, mask,
+            source if source is None else normalise(source, mean, variance))
 
 
 @torch.no_grad()
-def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Config) -> dict[str, float]:
-    """Eq. 32 on held-out latents for t in each quarter q1 .. q4 of 1 .. T, the same t and noise at every call."""
+def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor,
+                    cfg: Config) -> dict[str, float]:
+    """Eq. 32 on held-out latents for t in each quarter q1 .. q4 of 1 .. T,
+    the same t and noise at every call."""
     g = data.generator(cfg.seed, "dit", 0, "held out", z_0.device)
     losses = {}
     for quarter in range(4):
         low, high = 1 + cfg.T * quarter // 4, max(1 + cfg.T * (quarter + 1) // 4, 2 + cfg.T * quarter // 4)
         t = torch.randint(low, high, (len(z_0),), generator=g, device=z_0.device)
         eps = torch.randn(z_0.shape, generator=g, device=z_0.device)
-        losses[f"q{quarter + 1}"] = dit_loss(eps, model(add_noise(z_0, t, eps, alpha_bar), t, c, mask, source)).item()
+        losses[f"q{quarter + 1}"] = dit_loss(
+            eps, model(add_noise(z_0, t, eps, alpha_bar), t, c, mask, source)).item()
     return losses
 
 
@@ -459,9 +488,10 @@ def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Conf
 
 
 def build(config: dict, shape: dict) -> DiT:
-    """The network of a config as plain types; shape holds grid, z_dim, d_text, which came with the latents and texts."""
-    return DiT(shape["grid"], shape["z_dim"], shape["d_text"], config["width"], config["depth"], config["heads"],
-               config["checkpointing"])
+    """The network of a config as plain types;
+    shape holds grid, z_dim, d_text, which came with the latents and texts."""
+    return DiT(shape["grid"], shape["z_dim"], shape["d_text"], config["width"], config["depth"],
+               config["heads"], config["checkpointing"])
 
 
 def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
@@ -481,18 +511,20 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         if not captions and not edits:
             raise data.UserError(f"{run.out}/latents has no rows to train on.")
         shape = {"grid": meta["grid"], "z_dim": meta["z_dim"], "d_text": texts.dim}
-        run.say(f"stage 3, {cfg.preset} preset on {run.device}: {len(captions):,} captions, {len(edits):,} edits")
+        run.say(f"stage 3, {cfg.preset} preset on {run.device}: "
+                f"{len(captions):,} captions, {len(edits):,} edits")
 
         torch.manual_seed(cfg.seed)
         model = build(data.plain(cfg), shape).to(run.device).train()
         ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay,
+                                      fused=True)
         start = 0
         if checkpoint:
             start, path = checkpoint["step"], run.out / "dit.pt"
             if checkpoint["text_fingerprint"] != texts.fingerprint:
-                raise data.UserError(f"{path} was trained with another text encoder than {cfg.text_encoder} is now. "
-                                     f"Start over with --fresh.")
+                raise data.UserError(f"{path} was trained with another text encoder than {cfg.text_encoder} "
+                                     f"is now. Start over with --fresh.")
             data.load_weights(model, checkpoint["ema"], path)
             ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
             data.load_weights(model, checkpoint["model"], path)
@@ -502,7 +534,8 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         if cfg.compile and run.device.type == "cuda":
             model.compile()
         held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
-        held_out = {prefix: held_out_batch(run, latents, rows, mean, variance) for prefix, rows in held_out.items() if rows}
+        held_out = {prefix: held_out_batch(run, latents, rows, mean, variance)
+                    for prefix, rows in held_out.items() if rows}
         if not latents.rows(True, False) and not latents.rows(True, True):
             run.say("no held-out pictures: the columns held_out_… are of training pictures")
         run.open_log(start, checkpoint and checkpoint["pending"],
@@ -518,7 +551,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             mu, log_var, c, mask, source = run.to_device(batch)
             z_0 = normalise(sample_z_0(mu, log_var, run.randn(step, "z_0", *mu.shape[1:])), mean, variance)
             source = source if source is None else normalise(source, mean, variance)
-            t = run.randint(step, "t", 1, cfg.T + 1)                        # t ~ Uniform(1, T), both ends included
+            t = run.randint(step, "t", 1, cfg.T + 1)                        # t ~ Uniform(1, T), ends included
             eps = run.randn(step, "eps", *mu.shape[1:])
             # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
             z_t = add_noise(z_0, t, eps, alpha_bar)                         # (B, h, w, z_dim)
@@ -537,7 +570,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             total["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            decay = min(cfg.ema, (1 + step) / (10 + step))                  # warm-up: early weights are soon forgotten
+            decay = min(cfg.ema, (1 + step) / (10 + step))                  # early weights are soon forgotten
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
 
             # Diagnostics: what is logged, looked at and kept
@@ -546,15 +579,16 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             last, stopping = done == cfg.steps, run.stopping(done)
             if done % cfg.eval_every == 0 or last:
                 with averaged(model, ema):
-                    run.log(done, rate, {prefix + name: value for prefix, batch in held_out.items()
-                                         for name, value in held_out_losses(model, *batch, alpha_bar, cfg).items()})
+                    run.log(done, rate, {
+                        prefix + name: value for prefix, batch in held_out.items()
+                        for name, value in held_out_losses(model, *batch, alpha_bar, cfg).items()})
                     if run.main:
                         preview(model, *next(iter(held_out.values())), alpha_bar, cfg, run.out / "dit.png")
             elif done % cfg.log_every == 0:
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
-                run.save(done, rate, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(), shape=shape,
-                         mean=meta["mean"], variance=meta["variance"], edits=len(edits),
+                run.save(done, rate, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(),
+                         shape=shape, mean=meta["mean"], variance=meta["variance"], edits=len(edits),
                          psvae_fingerprint=meta["fingerprint"], text_fingerprint=texts.fingerprint)
             if stopping and not last:
                 raise data.Stopped(run.stop)
@@ -568,9 +602,11 @@ def read_meta(out: Path) -> dict:
         meta = json.loads(path.read_text())
         if meta["format"] != data.FORMAT:
             raise data.UserError(f"{path} has format {meta['format']}; this code reads format {data.FORMAT}.")
-        return {key: meta[key] for key in ("fingerprint", "preset", "latents", "grid", "z_dim", "mean", "variance")}
+        return {key: meta[key]
+                for key in ("fingerprint", "preset", "latents", "grid", "z_dim", "mean", "variance")}
     except FileNotFoundError:
-        raise data.UserError(f"{path} is not there; first run: python psvae.py (it writes the latents at its end).")
+        raise data.UserError(f"{path} is not there; first run: "
+                             f"python psvae.py (it writes the latents at its end).")
     except (ValueError, KeyError, TypeError):
         raise data.UserError(f"{path} is damaged; write the latents again: python psvae.py --encode-only")
 
@@ -585,31 +621,35 @@ def read_rows(out: Path, meta: dict) -> list[dict]:
                   for name in (("mu", "log_var") if meta["latents"] == "both" else ("mu",))}
         (shape,) = shapes
         if shape[1:] != (meta["grid"], meta["grid"], meta["z_dim"]) or not all(
-                isinstance(row["text"], str) and 0 <= row["image"] < shape[0] and 0 <= row.get("source", 0) < shape[0]
+                isinstance(row["text"], str) and 0 <= row["image"] < shape[0]
+                and 0 <= row.get("source", 0) < shape[0]
                 for row in rows):
             raise ValueError(f"rows and latents of shape {shape} do not fit")
         return rows
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise data.UserError(f"{folder} is damaged ({error}); write the latents again: python psvae.py --encode-only")
+        raise data.UserError(f"{folder} is damaged ({error}); write the latents again: "
+                             f"python psvae.py --encode-only")
 
 
 @data.program
 def main(argv: list[str] | None = None):
-    typed = data.read_flags(Config, argv, __doc__)
+    typed = data.read_flags(Config, argv, __doc__, PRESETS)
     out = Path(typed.get("out", "out"))
     if typed.get("size") in SIZES:
         typed = dict(zip(("width", "depth", "heads"), SIZES[typed["size"]])) | typed
     if typed.get("fresh"):
         data.set_aside(out, "dit.pt", "dit.csv", "dit.png")
-    checkpoint = data.load(out / "dit.pt", "dit") if (out / "dit.pt").exists() and not typed.get("fresh") else None
+    checkpoint = (data.load(out / "dit.pt", "dit")
+                  if (out / "dit.pt").exists() and not typed.get("fresh") else None)
     meta = read_meta(out)
     encoder = data.load(out / "psvae.pt", "psvae") if (out / "psvae.pt").exists() else {}
     if encoder.get("fingerprint", meta["fingerprint"]) != meta["fingerprint"]:
-        raise data.UserError(f"{out}/latents were made by another psvae.pt than the one beside them. Write them again: "
-                             f"python psvae.py --encode-only")
+        raise data.UserError(f"{out}/latents were made by another psvae.pt than the one beside them. Write "
+                             f"them again: python psvae.py --encode-only")
     if checkpoint and checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
         raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than {out}/latents "
-                             f"({checkpoint['psvae_fingerprint'][:12]} and {meta['fingerprint'][:12]}). Start over with --fresh.")
+                             f"({checkpoint['psvae_fingerprint'][:12]} and {meta['fingerprint'][:12]}). "
+                             f"Start over with --fresh.")
     inherited = data.inherit(None if checkpoint else meta, ("preset",), typed, out / "latents")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])
     if checkpoint and data.is_finished(checkpoint, cfg, out / "dit.pt"):

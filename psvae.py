@@ -1,8 +1,9 @@
-"""psvae.py - stage 2, the Pixel-Semantic VAE: the encoder learns to keep the pixels, without losing the meaning.
+"""psvae.py - stage 2, the Pixel-Semantic VAE:
+the encoder learns to keep the pixels, without losing the meaning.
 
 Frozen features have thrown away what a picture looks like up close (the guide's Problem 2). So the encoder is
-trained too: a pixel decoder draws the picture from z, while the semantic decoder must still give back what a frozen
-copy of the encoder says. At the end every picture of the folder is encoded once, for stage 3.
+trained too: a pixel decoder draws the picture from z, while the semantic decoder must still give back what a
+frozen copy of the encoder says. At the end every picture of the folder is encoded once, for stage 3.
 
 Eq. 12 to 19, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
 
@@ -17,9 +18,9 @@ Eq. 12 to 19, as numbered in notes/equations.md; "the guide" is docs/architectur
     python psvae.py --reconstruct a.png   out/reconstruction.png: picture | its reconstruction
     python psvae.py --encode-only         writes out/latents/ again
 
-Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt, out/psvae.csv,
-out/psvae.png (pictures above, reconstructions below) and out/latents/ (mu.npy, log_var.npy, rows.jsonl, meta.json).
-Run again, it goes on where it stopped.
+Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt,
+out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/ (mu.npy, log_var.npy,
+rows.jsonl, meta.json). Run again, it goes on where it stopped.
 Expect (tiny): @PSVAE_EXPECT@
 """
 
@@ -51,19 +52,19 @@ class Config:
     widths: tuple[int, ...] = (512, 512, 256, 128)  # channels of the pixel decoder's four levels
     alpha: float = 1.0                      # weight of the semantic loss, Eq. 15
     gamma: float = 1.0                      # weight of the pixel loss
-    lpips_weight: float = 0.1               # weight of the perceptual loss, the guide's lambda; 0 needs no VGG
+    lpips_weight: float = 0.1               # weight of the perceptual loss, the guide's lambda; 0: no VGG
     beta: float = 1e-4                      # weight of the KL term
     steps: int = 200_000                    # optimisation steps
     batch: int = 64                         # pictures a step, over all processes
     micro_batches: int = 1                  # gradient accumulation: parts that a process cuts its batch into
     learning_rate: float = 2e-4             # peak, after warm-up; AdamW
-    encoder_lr_scale: float = 0.1           # the encoder's share of it: a fresh pixel decoder must not wreck it
+    encoder_lr_scale: float = 0.1           # the encoder's share of it, lest a fresh pixel decoder wreck it
     weight_decay: float = 0.01              # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
     clip: float = 1.0                       # largest norm of the gradient
     precision: str = "bf16"                 # bf16 (autocast; losses in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
-    checkpointing: bool = False             # recompute activations in the backward pass: less memory, a third slower
+    checkpointing: bool = False             # recompute activations going back: less memory, a third slower
     device: str = "auto"                    # auto, cpu or cuda
     workers: int = 8                        # processes that read pictures
     count: int = 50_000                     # pictures of the built-in world, if it has to be drawn
@@ -73,36 +74,40 @@ class Config:
     save_every: int = 1000                  # steps between checkpoints
     seed: int = 0                           # of everything random
     fresh: bool = False                     # move the old run aside and start over
-    latents: str = "both"                   # what to write for stage 3: both (mu and log_var), or mu (half the size)
+    latents: str = "both"                   # written for stage 3: both (mu and log_var) or mu (half the size)
     encode_only: bool = False               # only write out/latents/ again
     evaluate: bool = False                  # only print PSNR, SSIM, LPIPS and FDD on held-out pictures
     reconstruct: tuple[str, ...] = ()       # only reconstruct these image files
 
     def __post_init__(self):
-        data.check(self, image_size=(32, 4096), z_dim=(1, 65536), widths=(4, 65536), alpha=(0, 1e6), gamma=(0, 1e6),
-                   lpips_weight=(0, 1e6), beta=(0, 1e6), steps=(1, 1e9), batch=(1, 1e6), micro_batches=(1, 1e6),
-                   learning_rate=(0, 10), encoder_lr_scale=(0, 10), weight_decay=(0, 10), warmup=(0, 1e9),
-                   clip=(1e-9, 1e9), workers=(0, 512), count=(10, 1e8), max_broken=(0, 1), log_every=(1, 1e9),
-                   eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
-        data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"), latents=("both", "mu"))
+        data.check(self, image_size=(32, 4096), z_dim=(1, 65536), widths=(4, 65536), alpha=(0, 1e6),
+                   gamma=(0, 1e6), lpips_weight=(0, 1e6), beta=(0, 1e6), steps=(1, 1e9), batch=(1, 1e6),
+                   micro_batches=(1, 1e6), learning_rate=(0, 10), encoder_lr_scale=(0, 10),
+                   weight_decay=(0, 10), warmup=(0, 1e9), clip=(1e-9, 1e9), workers=(0, 512),
+                   count=(10, 1e8), max_broken=(0, 1), log_every=(1, 1e9), eval_every=(1, 1e9),
+                   save_every=(1, 1e9), seed=(0, 2**63 - 1))
+        data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
+                          latents=("both", "mu"))
         if self.image_size % 16:
-            raise data.UserError(f"--image-size {self.image_size}: allowed are multiples of 16 (one latent cell).")
+            raise data.UserError(f"--image-size {self.image_size}: "
+                                 f"allowed are multiples of 16 (one latent cell).")
         if len(self.widths) != 4 or any(width % 4 for width in self.widths):
-            raise data.UserError(f"--widths {self.widths}: four multiples of 4 are needed, one for each doubling.")
+            raise data.UserError(f"--widths {self.widths}: "
+                                 f"four multiples of 4 are needed, one for each doubling.")
 
 
 PRESETS = {
     "full": {},
-    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(64, 64, 48, 24), lpips_weight=0.0,
-                 steps=4800, batch=16, learning_rate=1e-3, encoder_lr_scale=0.5, warmup=50, precision="fp32",
-                 compile=False, workers=0, log_every=20, eval_every=400, save_every=400),
+    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(64, 64, 48, 24),
+                 lpips_weight=0.0, steps=4800, batch=16, learning_rate=1e-3, encoder_lr_scale=0.5, warmup=50,
+                 precision="fp32", compile=False, workers=0, log_every=20, eval_every=400, save_every=400),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")       # from svae.pt, unless typed
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From stage 1: Projector, ResidualBlock, SemanticDecoder, reparameterize (and kl_divergence, below) are written out
-# again, so that this file reads from end to end; a test holds the copies equal
+# From stage 1: Projector, ResidualBlock, SemanticDecoder, reparameterize (and kl_divergence, below) are
+# written out again, so that this file reads from end to end; a test holds the copies equal
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +115,7 @@ class Projector(nn.Module):
     """Eq. 5: mu, log sigma^2 = Proj(f). f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32).
 
         f (d) -> Linear 512 -> LayerNorm -> GELU -> Linear 256 -> LayerNorm -> GELU -+-> Linear z_dim: mu
-                                                                                      '-> Linear z_dim: log_var
+                                                                                     '-> Linear z_dim: log_var
     """
 
     def __init__(self, d: int, z_dim: int):
@@ -148,7 +153,8 @@ class ResidualBlock(nn.Module):
 class SemanticDecoder(nn.Module):
     """Eq. 7: f_hat = D_sem(z). z (..., z_dim) -> f_hat (..., d).
 
-        z -> Linear 256 -> LayerNorm -> GELU -> Linear 512 -> LayerNorm -> GELU -> Linear d -> ResidualBlock x 2
+        z -> Linear 256 -> LayerNorm -> GELU -> Linear 512 -> LayerNorm -> GELU
+          -> Linear d -> ResidualBlock x 2
     """
 
     def __init__(self, d: int, z_dim: int):
@@ -168,7 +174,8 @@ class SemanticDecoder(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """The pixel decoder's ResBlock: x + Conv(SiLU(GroupNorm(Conv(SiLU(GroupNorm(x)))))), (B, c, H, W) -> the same."""
+    """The pixel decoder's ResBlock:
+    x + Conv(SiLU(GroupNorm(Conv(SiLU(GroupNorm(x)))))), (B, c, H, W) -> the same."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -180,7 +187,7 @@ class ConvBlock(nn.Module):
 
 
 def group_norm(c: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(min(32, c // 4), c), c)        # 32 groups as usual, fewer where channels are few
+    return nn.GroupNorm(math.gcd(min(32, c // 4), c), c)  # 32 groups as usual, fewer where channels are few
 
 
 class PixelDecoder(nn.Module):
@@ -216,9 +223,11 @@ class PixelDecoder(nn.Module):
 
 
 class PSVAE(nn.Module):
-    """Eq. 12, 5, 7, 14: the trainable encoder, the projector and both decoders. The frozen copy is no part of it."""
+    """Eq. 12, 5, 7, 14: the trainable encoder, the projector and both decoders.
+    The frozen copy is no part of it."""
 
-    def __init__(self, encoder: data.ImageEncoder, z_dim: int, widths: tuple[int, ...], checkpointing: bool = False):
+    def __init__(self, encoder: data.ImageEncoder, z_dim: int, widths: tuple[int, ...],
+                 checkpointing: bool = False):
         super().__init__()
         self.encoder = encoder
         self.projector = Projector(encoder.dim, z_dim)
@@ -250,7 +259,8 @@ def load_psvae(path: Path, device="cpu") -> tuple[PSVAE, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint."""
     checkpoint = data.load(path, "psvae", before="python psvae.py")
     config = checkpoint["config"]
-    model = PSVAE(data.build_image_encoder(checkpoint["encoder_description"]), config["z_dim"], tuple(config["widths"]))
+    model = PSVAE(data.build_image_encoder(checkpoint["encoder_description"]), config["z_dim"],
+                  tuple(config["widths"]))
     data.load_weights(model, checkpoint["model"], path)
     return model.eval().requires_grad_(False).to(device), checkpoint
 
@@ -295,7 +305,8 @@ def l1(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def perceptual_loss(lpips, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Eq. 19: lpips is data.load_lpips(), or None where its weight is 0. Both pictures (B, 3, H, W) in [-1, 1].
+    """Eq. 19: lpips is data.load_lpips(), or None where its weight is 0.
+    Both pictures (B, 3, H, W) in [-1, 1].
 
     lpips' linear weights are the squares of the guide's w_l, and the features phi_l are of unit length.
     """
@@ -306,8 +317,8 @@ def perceptual_loss(lpips, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor
 def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
     """Eq. 10, 11: KL(N(mu, sigma^2) || N(0, I)) in nats, mu, log_var (B, h, w, z_dim) -> scalar.
 
-    Summed over z_dim, averaged over batch and positions. The guide's pseudo-code averages over z_dim too, which is
-    z_dim times less; its equation sums, and only the sum is a KL divergence (notes/decisions.md).
+    Summed over z_dim, averaged over batch and positions. The guide's pseudo-code averages over z_dim too,
+    which is z_dim times less; its equation sums, and only the sum is a KL divergence (notes/decisions.md).
     """
     # Eq. 10: L_KL = D_KL( q(z|x) || p(z) ), p(z) = N(0, I)
     # Eq. 11: L_KL = -1/2 sum_i ( 1 + log sigma_i^2 - mu_i^2 - sigma_i^2 )
@@ -327,7 +338,8 @@ def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004), 11 x 11 Gaussian window of sigma 1.5; (B, 3, H, W) -> (B,)."""
+    """Structural similarity (Wang et al. 2004), 11 x 11 Gaussian window of sigma 1.5;
+    (B, 3, H, W) -> (B,)."""
     window = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
 
@@ -346,12 +358,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Between Gaussians fitted to two sets of features (N, d); in DINOv2's space FDD (Stein et al. 2023)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()     # trace of (cov_a cov_b)^(1/2)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()  # trace of (cov_a cov_b)^0.5
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
 
 
 @torch.no_grad()
-def held_out_losses(model: PSVAE, frozen_encoder, x: torch.Tensor, cfg: Config, lpips=None) -> dict[str, float]:
+def held_out_losses(model: PSVAE, frozen_encoder, x: torch.Tensor, cfg: Config,
+                    lpips=None) -> dict[str, float]:
     """The loss terms and PSNR on held-out pictures, with noise that is the same at every call."""
     side = x.shape[-1] // 16
     g = data.generator(cfg.seed, "psvae", 0, "held out", x.device)
@@ -372,7 +385,8 @@ def preview(model: PSVAE, x: torch.Tensor, path: Path):
 
 @torch.no_grad()
 def evaluate(cfg: Config):
-    """Prints PSNR, SSIM, LPIPS (where VGG can be had) and FDD of reconstructions from mu, on the held-out pictures."""
+    """Prints PSNR, SSIM, LPIPS (where VGG can be had) and FDD of reconstructions from mu,
+    on the held-out pictures."""
     device = data.pick_device(cfg.device)
     model, _ = load_psvae(Path(cfg.out) / "psvae.pt", device)
     frozen_encoder = data.load_image_encoder(cfg.encoder).to(device)
@@ -383,12 +397,13 @@ def evaluate(cfg: Config):
     except data.UserError as error:
         print(f"LPIPS is left out: {error}")
         lpips = None
-    count = min(len(pictures), 50_000)
+    count = min(folder.own or len(pictures), 50_000)
     keys = lambda step: [(i, None) for i in range(step * cfg.batch, min(count, (step + 1) * cfg.batch))]
     for images, _ in data.batches(pictures, keys, 0, -(-count // cfg.batch), cfg.workers):
         x = data.to_float(images, device)
         x_hat = model.decode(model.encode(x)[0])
-        distance = lpips(x_hat.clamp(-1, 1), x).flatten() if lpips else torch.full((len(x),), math.nan, device=device)
+        distance = (lpips(x_hat.clamp(-1, 1), x).flatten() if lpips
+                    else torch.full((len(x),), math.nan, device=device))
         scores.append(torch.stack([psnr(x_hat, x), ssim(x_hat, x), distance], 1).cpu())
         for features, picture in ((real, x), (fake, x_hat.clamp(-1, 1))):
             features.append(frozen_encoder.tokens(picture)[:, 0].cpu().numpy())     # CLS
@@ -405,7 +420,8 @@ def evaluate(cfg: Config):
 
 @torch.no_grad()
 def reconstruct(cfg: Config):
-    """Writes out/reconstruction.png: each file, cropped to the model's size, beside its reconstruction from mu."""
+    """Writes out/reconstruction.png:
+    each file, cropped to the model's size, beside its reconstruction from mu."""
     device = data.pick_device(cfg.device)
     model, _ = load_psvae(Path(cfg.out) / "psvae.pt", device)
     rows, captions = [], []
@@ -429,20 +445,21 @@ def reconstruct(cfg: Config):
 def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
     terms = ("loss", "semantic", "pixel", "perceptual", "kl")
     with data.Run(cfg, "psvae", terms=(*terms, "grad_norm")) as run:
+        folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
+        run.say(f"stage 2, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
+                f"captions from {folder.layout}, encoder {cfg.encoder}")
+
         # Keep a frozen copy for the semantic target: the pretrained weights, loaded anew at every start
         frozen_encoder = data.load_image_encoder(cfg.encoder).to(run.device)
         encoder_fingerprint = data.fingerprint(frozen_encoder)
         lpips = data.load_lpips(run.device) if cfg.lpips_weight else None
-        folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
-        run.say(f"stage 2, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
-                f"captions from {folder.layout}, encoder {cfg.encoder}")
         torch.manual_seed(cfg.seed)
         model = PSVAE(copy.deepcopy(frozen_encoder), cfg.z_dim, cfg.widths, cfg.checkpointing).to(run.device)
         frozen_encoder.requires_grad_(False)
         if cfg.checkpointing:
             model.encoder.recompute_activations()
         model.train()
-        encoder_parameters = [p for p in model.encoder.parameters() if p.requires_grad]     # all but the mask token
+        encoder_parameters = [p for p in model.encoder.parameters() if p.requires_grad]  # not the mask token
         other_parameters = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
         optimizer = torch.optim.AdamW([{"params": other_parameters, "scale": 1.0},
                                        {"params": encoder_parameters, "scale": cfg.encoder_lr_scale}],
@@ -471,7 +488,7 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             h = cfg.image_size // 16
-            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed and step alone
+            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed, step
 
             total = {}
             for x_part, eps_part in zip(x.chunk(cfg.micro_batches), eps.chunk(cfg.micro_batches)):
@@ -482,7 +499,8 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                     x_hat, f_hat, mu, log_var = model(x_part, eps_part)
                     losses = psvae_loss(x_hat, x_part, f_hat, f_target, mu, log_var, cfg, lpips)
                 (losses["loss"] / cfg.micro_batches).backward()
-                total = {name: total.get(name, 0) + value.detach() / cfg.micro_batches for name, value in losses.items()}
+                total = {name: total.get(name, 0) + value.detach() / cfg.micro_batches
+                         for name, value in losses.items()}
             run.average([p.grad for p in model.parameters()])
             total["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()
@@ -500,8 +518,8 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
                 run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         encoder_description=model.encoder.description, encoder_fingerprint=encoder_fingerprint,
-                         fingerprint=model.fingerprint())
+                         encoder_description=model.encoder.description,
+                         encoder_fingerprint=encoder_fingerprint, fingerprint=model.fingerprint())
             if stopping:                                # in the last step too: the latents are still to come
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'psvae.pt'}, {run.out / 'psvae.csv'}, {run.out / 'psvae.png'}")
@@ -523,20 +541,22 @@ def load_stage_1(model: PSVAE, stage_1: dict, run: data.Run):
 
 @torch.no_grad()
 def write_latents(cfg: Config):
-    """Encodes every picture of the folder into out/latents/: posteriors, not samples, so that stage 3 draws afresh.
+    """Encodes every picture of the folder into out/latents/:
+    posteriors, not samples, so that stage 3 draws afresh.
 
-    mu.npy and log_var.npy are (count, h, w, z_dim) in float16; rows.jsonl has a line {"image", "text"[, "source"]
-    [, "held_out"]} for each caption or edit, with indices into them; meta.json the statistics of every channel and
-    the fingerprint of the model. Centre crops, no flip. Killed, it goes on; ranks take slices.
+    mu.npy and log_var.npy are (count, h, w, z_dim) in float16; rows.jsonl has a line {"image", "text"
+    [, "source"][, "held_out"]} for each caption or edit, with indices into them; meta.json the statistics of
+    every channel and the fingerprint of the model. Centre crops, no flip. Killed, it goes on; ranks take
+    slices.
     """
     final, work = Path(cfg.out) / "latents", Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:
         model, checkpoint = load_psvae(Path(cfg.out) / "psvae.pt", run.device)
         folders = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
-        folders = folders if folders[0] is not folders[1] else folders[:1]  # nothing is held out of a tiny folder
+        folders = folders if folders[0] is not folders[1] else folders[:1]  # a tiny folder holds nothing out
         run.folder = data.joined(folders)
-        mark = {"fingerprint": model.fingerprint(), "data": cfg.data, "latents": cfg.latents, "format": data.FORMAT,
-                "rows": data.digest_of([run.folder.images, run.folder.rows])}
+        mark = {"fingerprint": model.fingerprint(), "data": cfg.data, "latents": cfg.latents,
+                "format": data.FORMAT, "rows": data.digest_of([run.folder.images, run.folder.rows])}
         if (final / "meta.json").exists() and not cfg.encode_only:
             meta = json.loads((final / "meta.json").read_text())
             if all(meta.get(key) == value for key, value in mark.items()):
@@ -560,7 +580,8 @@ def write_latents(cfg: Config):
 
 
 def encode_slice(cfg: Config, run: data.Run, model: PSVAE, work: Path, names: tuple[str, ...]):
-    """This rank's share of the pictures; `done-<slice>.json` says how far it is, and which pictures are broken."""
+    """This rank's share of the pictures;
+    `done-<slice>.json` says how far it is, and which pictures are broken."""
     count = len(run.folder.images)
     first, stop = count * run.rank // run.world, count * (run.rank + 1) // run.world
     progress = work / f"done-{first}-{stop}.json"
@@ -570,7 +591,8 @@ def encode_slice(cfg: Config, run: data.Run, model: PSVAE, work: Path, names: tu
     starts = list(range(state["next"], stop, chunk))
     keys = lambda step: [(i, None) for i in range(starts[step], min(stop, starts[step] + chunk))]
     stream = data.batches(data.Pictures(run.folder, cfg.image_size), keys, 0, len(starts), cfg.workers)
-    bar = data.tqdm(total=stop - first, initial=state["next"] - first, desc="latents", disable=not run.main, mininterval=1)
+    bar = data.tqdm(total=stop - first, initial=state["next"] - first, desc="latents", disable=not run.main,
+                    mininterval=1)
     for number, (images, broken) in enumerate(stream):
         with run.autocast():
             posterior = model.encode(data.to_float(images, run.device))
@@ -605,19 +627,20 @@ def finish_latents(cfg, run, work, final, folders, names, checkpoint, mark):
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     training = [image for image in range(train_images) if image not in broken]
     mean, variance = channel_statistics(maps, np.array(training))
-    meta = {**mark, "count": len(run.folder.images) - len(broken), "broken": len(broken), "grid": cfg.image_size // 16,
-            "z_dim": cfg.z_dim, "mean": mean.tolist(), "variance": variance.tolist(), "preset": cfg.preset,
-            "psvae_step": checkpoint["step"]}
+    meta = {**mark, "count": len(run.folder.images) - len(broken), "broken": len(broken),
+            "grid": cfg.image_size // 16, "z_dim": cfg.z_dim, "mean": mean.tolist(),
+            "variance": variance.tolist(), "preset": cfg.preset, "psvae_step": checkpoint["step"]}
     with data.atomic(work / "meta.json") as partial:
         partial.write_text(json.dumps(meta, indent=1))
     data.remove_folder(final)
     os.replace(work, final)
-    run.say(f"wrote {final}: {meta['count']:,} pictures{f', {len(broken)} broken ones left out' if broken else ''}. "
-            f"Next: python dit.py")
+    run.say(f"wrote {final}: {meta['count']:,} pictures"
+            f"{f', {len(broken)} broken ones left out' if broken else ''}. Next: python dit.py")
 
 
 def channel_statistics(maps: list[np.ndarray], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each channel of z over the given pictures, float64: Var(z) = Var(mu) + E[sigma^2]."""
+    """Mean and variance of each channel of z over the given pictures,
+    float64: Var(z) = Var(mu) + E[sigma^2]."""
     total, square, variance, n = 0.0, 0.0, 0.0, 0
     for part in np.array_split(pictures, max(1, len(pictures) // 1024)):
         mu = maps[0][part].astype(np.float64).reshape(-1, maps[0].shape[-1])
@@ -630,19 +653,20 @@ def channel_statistics(maps: list[np.ndarray], pictures: np.ndarray) -> tuple[np
 
 @data.program
 def main(argv: list[str] | None = None):
-    typed = data.read_flags(Config, argv, __doc__)
+    typed = data.read_flags(Config, argv, __doc__, PRESETS)
     out = Path(typed.get("out", "out"))
     if typed.get("fresh"):
         data.set_aside(out, "psvae.pt", "psvae.csv", "psvae.png")
     only = [name for name in ("encode_only", "evaluate", "reconstruct") if typed.get(name)]
-    there = (out / "psvae.pt").exists() and not typed.get("fresh")      # another rank may not have moved it yet
+    there = (out / "psvae.pt").exists() and not typed.get("fresh")  # another rank may not have moved it yet
     checkpoint = data.load(out / "psvae.pt", "psvae", "python psvae.py") if only or there else None
     stage_1 = data.load(out / "svae.pt", "svae") if not checkpoint and (out / "svae.pt").exists() else None
     inherited = data.inherit(stage_1 and stage_1["config"], INHERITED, typed, out / "svae.pt")
-    cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"], strict=not only)
+    cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"],
+                         strict=not only)
     if not checkpoint and not stage_1:
-        print(f"no {out / 'svae.pt'}: projector and semantic decoder start from scratch. Without stage 1 the latent "
-              f"has first to find the features' meaning again (python svae.py makes it).")
+        print(f"no {out / 'svae.pt'}: projector and semantic decoder start from scratch. Without stage 1 the "
+              f"latent has first to find the features' meaning again (python svae.py makes it).")
     if cfg.reconstruct:
         return reconstruct(cfg)
     if cfg.evaluate:

@@ -1,8 +1,9 @@
-"""svae.py - stage 1, the Semantic VAE: a compact, KL-regularised latent space for the features of a frozen encoder.
+"""svae.py - stage 1, the Semantic VAE:
+a compact, KL-regularised latent space for the features of a frozen encoder.
 
 The features f of a DINOv2 are made to classify, not to be drawn: they fill a thin sheet of a space of 1024
-dimensions, and a diffusion model trained there falls beside the sheet (the guide's Problem 1). S-VAE squeezes every
-feature vector into z, 96 numbers kept near N(0, 1), from which a decoder brings f back.
+dimensions, and a diffusion model trained there falls beside the sheet (the guide's Problem 1). S-VAE squeezes
+every feature vector into z, 96 numbers kept near N(0, 1), from which a decoder brings f back.
 
 Eq. 4 to 11, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
 
@@ -13,10 +14,11 @@ Eq. 4 to 11, as numbered in notes/equations.md; "the guide" is docs/architecture
     python svae.py                        the built-in world, tiny preset: @SVAE_TIME@
     python svae.py --data ./imagenet      DINOv2-L on one CUDA GPU
 
-Reads a folder of pictures. Writes out/svae.csv (every loss term, held-out ones too), out/svae.png (three rows:
-pictures; their frozen features as colours; the features that come back from mu) and out/svae.pt (config, model,
-optimizer, step, seed, losses not logged yet, the encoder's fingerprint, versions). Run again, it goes on where it
-stopped, with the checkpoint's config: a flag that contradicts it, such as another --batch, is refused.
+Reads a folder of pictures. Writes out/svae.csv (every loss term, held-out ones too), out/svae.png (three
+rows: pictures; their frozen features as colours; the features that come back from mu) and out/svae.pt
+(config, model, optimizer, step, seed, losses not logged yet, the encoder's fingerprint, versions). Run again,
+it goes on where it stopped, with the checkpoint's config: a flag that contradicts it, such as another
+--batch, is refused.
 Expect (tiny): @SVAE_EXPECT@
 """
 
@@ -60,19 +62,21 @@ class Config:
     fresh: bool = False                     # move the old run aside and start over
 
     def __post_init__(self):
-        data.check(self, image_size=(32, 4096), z_dim=(1, 65536), beta=(0, 1e6), steps=(1, 1e9), batch=(1, 1e6),
-                   micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10), warmup=(0, 1e9),
-                   clip=(1e-9, 1e9), workers=(0, 512), count=(10, 1e8), max_broken=(0, 1), log_every=(1, 1e9),
-                   eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
+        data.check(self, image_size=(32, 4096), z_dim=(1, 65536), beta=(0, 1e6), steps=(1, 1e9),
+                   batch=(1, 1e6), micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10),
+                   warmup=(0, 1e9), clip=(1e-9, 1e9), workers=(0, 512), count=(10, 1e8), max_broken=(0, 1),
+                   log_every=(1, 1e9), eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"))
         if self.image_size % 16:
-            raise data.UserError(f"--image-size {self.image_size}: allowed are multiples of 16 (one latent cell).")
+            raise data.UserError(f"--image-size {self.image_size}: "
+                                 f"allowed are multiples of 16 (one latent cell).")
 
 
 PRESETS = {
     "full": {},
-    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, steps=800, batch=64, learning_rate=2e-3,
-                 warmup=50, precision="fp32", compile=False, workers=0, log_every=10, eval_every=200, save_every=200),
+    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, steps=800, batch=64,
+                 learning_rate=2e-3, warmup=50, precision="fp32", compile=False, workers=0, log_every=10,
+                 eval_every=200, save_every=200),
 }
 
 
@@ -85,7 +89,7 @@ class Projector(nn.Module):
     """Eq. 5: mu, log sigma^2 = Proj(f). f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32).
 
         f (d) -> Linear 512 -> LayerNorm -> GELU -> Linear 256 -> LayerNorm -> GELU -+-> Linear z_dim: mu
-                                                                                      '-> Linear z_dim: log_var
+                                                                                     '-> Linear z_dim: log_var
     """
 
     def __init__(self, d: int, z_dim: int):
@@ -133,7 +137,8 @@ class ResidualBlock(nn.Module):
 class SemanticDecoder(nn.Module):
     """Eq. 7: f_hat = D_sem(z). z (..., z_dim) -> f_hat (..., d).
 
-        z -> Linear 256 -> LayerNorm -> GELU -> Linear 512 -> LayerNorm -> GELU -> Linear d -> ResidualBlock x 2
+        z -> Linear 256 -> LayerNorm -> GELU -> Linear 512 -> LayerNorm -> GELU
+          -> Linear d -> ResidualBlock x 2
     """
 
     def __init__(self, d: int, z_dim: int):
@@ -183,8 +188,8 @@ def semantic_loss(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
     """Eq. 10, 11: KL(N(mu, sigma^2) || N(0, I)) in nats, mu, log_var (B, h, w, z_dim) -> scalar.
 
-    Summed over z_dim, averaged over batch and positions. The guide's pseudo-code averages over z_dim too, which is
-    z_dim times less; its equation sums, and only the sum is a KL divergence (notes/decisions.md).
+    Summed over z_dim, averaged over batch and positions. The guide's pseudo-code averages over z_dim too,
+    which is z_dim times less; its equation sums, and only the sum is a KL divergence (notes/decisions.md).
     """
     # Eq. 10: L_KL = D_KL( q(z|x) || p(z) ), p(z) = N(0, I)
     # Eq. 11: L_KL = -1/2 sum_i ( 1 + log sigma_i^2 - mu_i^2 - sigma_i^2 )
@@ -225,15 +230,17 @@ def preview(model: SVAE, encoder, x: torch.Tensor, path: Path):
 
 def train(cfg: Config, checkpoint: dict | None):
     with data.Run(cfg, "svae", terms=("loss", "semantic", "kl", "grad_norm")) as run:
-        # Freeze encoder
-        encoder = data.load_image_encoder(cfg.encoder).to(run.device).requires_grad_(False)
-        encoder_fingerprint = data.fingerprint(encoder)
         folder, held_out = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
         run.say(f"stage 1, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
                 f"captions from {folder.layout}, encoder {cfg.encoder}")
+
+        # Freeze encoder
+        encoder = data.load_image_encoder(cfg.encoder).to(run.device).requires_grad_(False)
+        encoder_fingerprint = data.fingerprint(encoder)
         torch.manual_seed(cfg.seed)
         model = SVAE(encoder.dim, cfg.z_dim).to(run.device)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay,
+                                      fused=True)
         start = 0
         if checkpoint:
             start = checkpoint["step"]
@@ -253,7 +260,7 @@ def train(cfg: Config, checkpoint: dict | None):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             h = cfg.image_size // 16
-            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed and step alone
+            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed, step
 
             total = {}
             for x_part, eps_part in zip(x.chunk(cfg.micro_batches), eps.chunk(cfg.micro_batches)):
@@ -264,7 +271,8 @@ def train(cfg: Config, checkpoint: dict | None):
                     f_hat, mu, log_var = model(f, eps_part)
                 losses = svae_loss(f_hat, f, mu, log_var, cfg.beta)
                 (losses["loss"] / cfg.micro_batches).backward()
-                total = {name: total.get(name, 0) + value.detach() / cfg.micro_batches for name, value in losses.items()}
+                total = {name: total.get(name, 0) + value.detach() / cfg.micro_batches
+                         for name, value in losses.items()}
             run.average([p.grad for p in model.parameters()])
             total["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()
@@ -290,11 +298,12 @@ def train(cfg: Config, checkpoint: dict | None):
 
 @data.program
 def main(argv: list[str] | None = None):
-    typed = data.read_flags(Config, argv, __doc__)
+    typed = data.read_flags(Config, argv, __doc__, PRESETS)
     out = Path(typed.get("out", "out"))
     if typed.get("fresh"):
         data.set_aside(out, "svae.pt", "svae.csv", "svae.png")
-    checkpoint = data.load(out / "svae.pt", "svae") if (out / "svae.pt").exists() and not typed.get("fresh") else None
+    checkpoint = (data.load(out / "svae.pt", "svae")
+                  if (out / "svae.pt").exists() and not typed.get("fresh") else None)
     cfg = data.configure(Config, PRESETS, typed, saved=checkpoint and checkpoint["config"])
     if checkpoint and data.is_finished(checkpoint, cfg, out / "svae.pt"):
         return

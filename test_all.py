@@ -2,8 +2,8 @@
 
     python -m pytest test_all.py            all of it, under 5 minutes on 2 cores, without a download or a GPU
 
-First half: the equations, in order, against an independent form in float64, value and gradient. A test's name is the
-claim. Second half: folders, checkpoints, resume, the command line, the scripts as a person runs them.
+First half: the equations, in order, against an independent form in float64, value and gradient. A test's name
+is the claim. Second half: folders, checkpoints, resume, the command line, the scripts as a person runs them.
 notes/mutants.py breaks each equation on purpose and sees its test go red.
 """
 
@@ -55,7 +55,8 @@ def randn(*shape, seed=0):
 
 
 def shaken(module, scale=0.3, seed=0):
-    """A module in float64 with every parameter random, so that no zero or one of its initialisation hides an error."""
+    """A module in float64 with every parameter random,
+    so that no zero or one of its initialisation hides an error."""
     g = torch.Generator().manual_seed(seed)
     module = module.double()
     with torch.no_grad():
@@ -108,7 +109,8 @@ def gradient(f, *inputs):
 
 def gradient_is_right(f, *inputs):
     """autograd against central differences, along every axis of every input."""
-    assert torch.autograd.gradcheck(f, [x.detach().clone().requires_grad_() for x in inputs], atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(f, [x.detach().clone().requires_grad_() for x in inputs], atol=1e-7,
+                                    rtol=1e-5)
 
 
 @pytest.fixture(params=STAGES, ids=str)
@@ -120,8 +122,10 @@ def stage(request):
 # Fixtures, and what the second half shares
 # ------------------------------------------------------------------------------------------------------------
 
-# A run of a second: 32 px, 2 x 2 latents; 120 pictures at 48 a step, so that an epoch ends inside the third step
-COMMON = "--steps 7 --batch 48 --warmup 2 --log-every 2 --eval-every 5 --save-every 4 --workers 0 --device cpu".split()
+# A run of a second: 32 px, 2 x 2 latents; 120 pictures at 48 a step, so that an epoch ends inside
+# the third step
+COMMON = ("--steps 7 --batch 48 --warmup 2 --log-every 2 --eval-every 5 --save-every 4 "
+          "--workers 0 --device cpu").split()
 SVAE = ["--preset", "tiny", "--image-size", "32", "--z-dim", "8", "--count", "120", *COMMON]
 PSVAE = ["--widths", "8,8,8,8", *COMMON]
 DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *COMMON]
@@ -129,16 +133,18 @@ DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *C
 
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory):
-    """Untrained encoders of the true architectures, saved as transformers saves them: (image folder, text folder)."""
+    """Untrained encoders of the true architectures, saved as transformers saves them:
+    (image folder, text folder)."""
     from notes import pretrain_tiny
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
     top = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=28,
                              patch_size=14)).save_pretrained(top / "image")
-    tokenizer = pretrain_tiny.build_tokenizer(["a red circle above a blue square", "make the star green"] * 3, 400)
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2, num_layers=2,
-                            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+    tokenizer = pretrain_tiny.build_tokenizer(
+        ["a red circle above a blue square", "make the star green"] * 3, 400)
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2,
+                            num_layers=2, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
                             decoder_start_token_id=0)).save_pretrained(top / "text")
     tokenizer.save_pretrained(top / "text")
     return str(top / "image"), str(top / "text")
@@ -178,7 +184,8 @@ def copy(trained, tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, flag, ...) -> the one line of its refusal: exit code 2, no traceback, nothing else on stderr."""
+    """refused(main, flag, ...) -> the one line of its refusal:
+    exit code 2, no traceback, nothing else on stderr."""
     def call(main, *argv):
         capsys.readouterr()
         assert main([str(word) for word in argv]) == 2
@@ -364,7 +371,8 @@ def test_eq_11_kl_sums_over_channels_and_averages_over_positions(stage):
     expected = 0
     for b in range(2):
         for n in range(3):
-            expected += -0.5 * sum(1 + log_var[b, n, i].item() - mu[b, n, i].item() ** 2 - math.exp(log_var[b, n, i].item())
+            expected += -0.5 * sum(1 + log_var[b, n, i].item() - mu[b, n, i].item() ** 2
+                                   - math.exp(log_var[b, n, i].item())
                                    for i in range(4)) / 6
     same(stage.kl_divergence(mu, log_var), expected)
     d_mu, d_log_var = gradient(stage.kl_divergence, mu, log_var)
@@ -379,7 +387,8 @@ def test_eq_11_kl_sums_over_channels_and_averages_over_positions(stage):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Projector", "ResidualBlock", "SemanticDecoder", "reparameterize", "kl_divergence"])
+@pytest.mark.parametrize("name", ["Projector", "ResidualBlock", "SemanticDecoder", "reparameterize",
+                                  "kl_divergence"])
 def test_what_both_stages_define_is_one_text(name):
     assert inspect.getsource(getattr(svae, name)) == inspect.getsource(getattr(psvae, name))
 
@@ -394,7 +403,8 @@ def micro_psvae(encoders):
 def test_eq_12_every_term_reaches_the_trainable_encoder(micro_psvae, term):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     x_hat, f_hat, mu, log_var = micro_psvae(x, torch.randn(2, 2, 2, 8))
-    losses = psvae.psvae_loss(x_hat, x, f_hat, torch.randn_like(f_hat), mu, log_var, psvae.Config(lpips_weight=0.0))
+    losses = psvae.psvae_loss(x_hat, x, f_hat, torch.randn_like(f_hat), mu, log_var,
+                              psvae.Config(lpips_weight=0.0))
     losses[term].backward()
     grads = {name: p.grad for name, p in micro_psvae.encoder.named_parameters() if p.requires_grad}
     assert len(grads) > 20 and all(g is not None and g.abs().sum() > 0 for g in grads.values())
@@ -404,13 +414,15 @@ def test_eq_13_the_target_comes_from_the_frozen_encoder_not_the_trained_one(trai
     """The last row of psvae.csv, computed again with the encoder that was never trained."""
     model, checkpoint = psvae.load_psvae(trained / "psvae.pt")
     cfg = data.configure(psvae.Config, psvae.PRESETS, {}, saved=checkpoint["config"])
-    x = data.Run.held_out(type("R", (), {"device": "cpu"}), data.read_folder("", out=str(trained))[1], cfg.image_size)
+    x = data.Run.held_out(type("R", (), {"device": "cpu"}), data.read_folder("", out=str(trained))[1],
+                          cfg.image_size)
     row = (trained / "psvae.csv").read_text().splitlines()
     logged = float(dict(zip(row[0].split(","), row[-1].split(",")))["held_out_semantic"])
     frozen = psvae.held_out_losses(model, data.load_image_encoder(encoders[0]), x, cfg)["semantic"]
     moving = psvae.held_out_losses(model, model.encoder, x, cfg)["semantic"]
     assert math.isclose(frozen, logged, rel_tol=1e-4)
-    assert not math.isclose(moving, logged, rel_tol=1e-3), "the trained encoder has not moved: the test says nothing"
+    assert not math.isclose(moving, logged, rel_tol=1e-3), (
+        "the trained encoder has not moved: the test says nothing")
 
 
 def group_norm(x, w, name, c):
@@ -457,12 +469,33 @@ def test_eq_14_full_pixel_decoder_has_the_guides_sizes():
     assert [convs[i] for i in (5, 10, 15, 20)] == [(512, 512), (512, 512), (512, 256), (256, 128)]
 
 
+def test_eq_14_recomputing_encoder_and_pixel_decoder_happens_and_changes_no_gradient(encoders):
+    x, eps = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 2, 2, 8)
+    grads, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = psvae.PSVAE(data.load_image_encoder(encoders[0]), 8, (16, 16, 8, 8), checkpointing)
+        if checkpointing:
+            model.encoder.recompute_activations()
+        model.train()
+        for part in (model.encoder.network.encoder.layer[0].norm1, model.pixel_decoder.levels[0][0]):
+            part.register_forward_hook(lambda *_: calls.append(checkpointing))
+        x_hat, f_hat, _, _ = model(x, eps)
+        (x_hat.square().mean() + f_hat.square().mean()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert not any(m.training for m in model.encoder.modules() if isinstance(m, torch.nn.Dropout))
+    assert calls.count(False) == 2 and calls.count(True) == 4  # forward, and again in the backward pass
+    same(*grads, 1e-6)
+
+
 def test_eq_15_ps_vae_loss_is_the_weighted_sum_of_four():
     x_hat, x = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
     f_hat, f, mu, log_var = (randn(2, 2, 2, 5, seed=i) for i in range(2, 6))
     cfg = psvae.Config(alpha=2.0, gamma=3.0, lpips_weight=5.0, beta=7.0)
-    losses = psvae.psvae_loss(x_hat, x, f_hat, f, mu, log_var, cfg, lpips=lambda a, b: (a - b).abs().amax((1, 2, 3)))
-    d, kl = (x_hat - x).numpy(), -0.5 * (1 + log_var.numpy() - mu.numpy() ** 2 - np.exp(log_var.numpy())).sum(-1).mean()
+    losses = psvae.psvae_loss(x_hat, x, f_hat, f, mu, log_var, cfg,
+                              lpips=lambda a, b: (a - b).abs().amax((1, 2, 3)))
+    d, kl = ((x_hat - x).numpy(),
+             -0.5 * (1 + log_var.numpy() - mu.numpy() ** 2 - np.exp(log_var.numpy())).sum(-1).mean())
     parts = ((f_hat - f).numpy() ** 2).mean(), (abs(d) + d ** 2).mean() / 2, abs(d).max((1, 2, 3)).mean(), kl
     same(losses["loss"], 2 * parts[0] + 3 * parts[1] + 5 * parts[2] + 7 * parts[3])
     for name, value in zip(("semantic", "pixel", "perceptual", "kl"), parts):
@@ -496,8 +529,10 @@ def test_eq_18_l1_is_the_mean_over_h_w_c():
 
 @pytest.fixture(scope="module")
 def lpips():
-    """data.load_lpips() with a random VGG16 trunk (its weights are a download) and the calibrated linear weights."""
-    package = pytest.importorskip("lpips", reason="lpips needs torchvision, which this torch build has none of")
+    """data.load_lpips() with a random VGG16 trunk (its weights are a download) and
+    the calibrated linear weights."""
+    package = pytest.importorskip("lpips",
+                                  reason="lpips needs torchvision, which this torch build has none of")
     with pytest.MonkeyPatch.context() as patch:
         kind = package.LPIPS
         patch.setattr(package, "LPIPS", lambda **kwargs: kind(**kwargs, pnet_rand=True))
@@ -515,7 +550,7 @@ def test_eq_19_lpips_is_the_weighted_distance_of_unit_vgg_features(lpips):
         part, lin = getattr(lpips.net, f"slice{number}"), lpips.lins[number - 1].model[-1].weight
         a, b = part(a), part(b)
         unit_a, unit_b = (p / p.norm(dim=1, keepdim=True).clamp(min=1e-10) for p in (a, b))
-        w = lin.flatten().sqrt()                                            # lpips keeps the squares of the guide's w
+        w = lin.flatten().sqrt()                                            # lpips keeps squares of the w
         expected += ((w.view(1, -1, 1, 1) * (unit_a - unit_b)) ** 2).sum(1).mean((1, 2))
     same(psvae.perceptual_loss(lpips, x_hat, x), expected.mean(), 1e-6)
     assert psvae.perceptual_loss(lpips, x, x).item() == 0
@@ -527,7 +562,7 @@ def test_eq_19_lpips_is_frozen_and_its_gradient_is_finite_on_flat_pictures(lpips
     x_hat = torch.zeros(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     psvae.perceptual_loss(lpips, x_hat, torch.ones_like(x_hat)).backward()
     assert torch.isfinite(x_hat.grad).all()
-    dead = torch.zeros(1, 4, 2, 2, requires_grad=True)                      # features all zero, as after a dead ReLU
+    dead = torch.zeros(1, 4, 2, 2, requires_grad=True)                      # all zero, as after a dead ReLU
     data._unit_normalize(dead).sum().backward()
     assert torch.isfinite(dead.grad).all()
 
@@ -559,8 +594,10 @@ def test_eq_21_alpha_bar_is_the_product_of_one_minus_beta(schedule):
     alpha_bar = dit.noise_schedule(T, low, high, schedule)
     same(alpha_bar, np.array(expected), 1e-9)
     assert alpha_bar[0] == 1 and alpha_bar.dtype == torch.float64
-    assert math.isclose(alpha_bar[-1].item(), {"linear": 4.04e-5, "scaled_linear": 7.33e-4}[schedule], rel_tol=2e-3)
-    assert (dit.Config().beta_start, dit.Config().beta_end, dit.Config().schedule) == (1e-4, 0.02, "scaled_linear")
+    assert math.isclose(alpha_bar[-1].item(), {"linear": 4.04e-5, "scaled_linear": 7.33e-4}[schedule],
+                        rel_tol=2e-3)
+    assert ((dit.Config().beta_start, dit.Config().beta_end, dit.Config().schedule)
+            == (1e-4, 0.02, "scaled_linear"))
 
 
 def test_eq_22_z_t_in_closed_form_and_back():
@@ -618,8 +655,9 @@ def test_eq_24_h_0_is_linear_of_every_position_plus_pe():
     model, (z, t, c, mask) = micro_dit(), micro_batch()
     w, h_0 = weights(model), first_tokens(model, z, t, c, mask)
     for row in range(2):
-        for column in range(2):                                             # row-major, each position its own PE
-            expected = z[:, row, column].numpy() @ w["embed.weight"].T + w["embed.bias"] + w["position"][0, 2 * row + column]
+        for column in range(2):                                             # row-major, its own PE each
+            expected = (z[:, row, column].numpy() @ w["embed.weight"].T + w["embed.bias"]
+                        + w["position"][0, 2 * row + column])
             same(h_0[:, 2 * row + column], expected, 1e-5)
     assert h_0.shape == (2, 4, 12)
 
@@ -677,7 +715,8 @@ def attention_by_hand(q, k, v, heads, mask=None):
         for head in range(heads):
             part = slice(head * d, (head + 1) * d)
             scores = q[b, :, part] @ k[b, :, part].T / math.sqrt(d)
-            out[b, :, part] = softmax(scores if mask is None else np.where(mask[b], scores, -np.inf)) @ v[b, :, part]
+            out[b, :, part] = softmax(
+                scores if mask is None else np.where(mask[b], scores, -np.inf)) @ v[b, :, part]
     return out
 
 
@@ -711,7 +750,8 @@ def test_eq_31_each_of_the_three_residuals_has_its_own_gate():
     block, h, c = shaken(dit.DiTBlock(12, 3)), randn(2, 4, 12), randn(2, 5, 12, seed=1)
     modulation, mask = randn(2, 9 * 12, seed=2), torch.ones(2, 1, 1, 5, dtype=torch.bool)
     k, v = block.cross.keys_values(c)
-    gamma_1, beta_1, gate_1, gamma_2, beta_2, gate_2, gamma_3, beta_3, gate_3 = np.split(modulation.numpy()[:, None], 9, -1)
+    (gamma_1, beta_1, gate_1, gamma_2, beta_2, gate_2,
+     gamma_3, beta_3, gate_3) = np.split(modulation.numpy()[:, None], 9, -1)
 
     def norm(h, gamma, beta):
         return torch.from_numpy((1 + gamma) * layer_norm(h) + beta)
@@ -739,7 +779,8 @@ def test_the_head_is_adaln_and_linear():
     w = weights(model)
     h = linear(z.numpy().reshape(2, 4, 3), w, "embed") + w["position"]
     gamma, beta = np.split(model.modulations(t)[-1].detach().numpy()[:, None], 2, -1)
-    same(model(z, t, c, mask), linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3), 1e-4)
+    same(model(z, t, c, mask), linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3),
+         1e-4)
 
 
 def test_recomputing_activations_changes_no_gradient():
@@ -764,7 +805,8 @@ def test_eq_32_loss_is_the_mean_squared_error_of_the_noise():
 
 def test_eq_32_t_is_uniform_over_1_to_T_with_both_ends():
     run = object.__new__(data.Run)
-    run.cfg, run.stage, run.device, run.rank, run.world = dit.Config(batch=4000), "dit", torch.device("cpu"), 0, 1
+    run.cfg, run.stage, run.device, run.rank, run.world = (dit.Config(batch=4000), "dit", torch.device("cpu"),
+                                                           0, 1)
     t = run.randint(0, "t", 1, 10 + 1)
     assert t.unique().tolist() == list(range(1, 11)) and t.bincount()[1:].min() > 320
 
@@ -780,7 +822,8 @@ def test_latents_are_normalised_to_mean_0_variance_1_and_back():
     same(variance, flat.var(0) + np.exp(flat_var).mean(0), 1e-9)            # Var(z) = Var(mu) + E[sigma^2]
     same(psvae.channel_statistics([mu], rows)[1], flat.var(0), 1e-9)
     z = torch.from_numpy(flat)
-    back = dit.normalise(z, torch.from_numpy(mean), torch.from_numpy(variance)) * torch.from_numpy(variance).sqrt() + torch.from_numpy(mean)
+    back = (dit.normalise(z, torch.from_numpy(mean), torch.from_numpy(variance))
+            * torch.from_numpy(variance).sqrt() + torch.from_numpy(mean))
     same(back, z)
     sampled = dit.sample_z_0(z, torch.from_numpy(flat_var), randn(*z.shape))
     normal = dit.normalise(sampled, torch.from_numpy(mean), torch.from_numpy(variance))
@@ -804,7 +847,8 @@ def test_edit_batches_are_evenly_spread_and_rows_are_each_seen_once_an_epoch():
 
 def test_text_is_dropped_at_its_rate_and_the_source_never_alone():
     cfg = dit.Config(batch=50, edit_fraction=0.5, drop_text=0.1, drop_both=0.05)
-    keys = [key for step in range(400) for key in dit.keys_of_step(step, cfg, list(range(60)), list(range(100, 160)))]
+    keys = [key for step in range(400)
+            for key in dit.keys_of_step(step, cfg, list(range(60)), list(range(100, 160)))]
     captions, edits = [k for k in keys if k[0] < 100], [k for k in keys if k[0] >= 100]
     assert not any(drop_source for _, _, drop_source in captions)
     assert all(drop_text for _, drop_text, drop_source in edits if drop_source)
@@ -844,13 +888,15 @@ def test_eq_33_both_halves_in_one_batch_equal_two_passes(s):
 @pytest.mark.parametrize("s, s_image", [(4.0, 1.5), (4.0, 1.0), (1.5, 1.5), (1.0, 1.0)])
 def test_edit_guidance_weighs_source_and_text_and_skips_passes_of_weight_0(s, s_image):
     model, (z, _, c, mask) = micro_dit(), micro_batch()
-    t, null, source = torch.tensor([500, 500]), randn(2, 4, 5, seed=7).float(), randn(2, 2, 2, 3, seed=8).float()
+    t, null, source = (torch.tensor([500, 500]), randn(2, 4, 5, seed=7).float(),
+                       randn(2, 2, 2, 3, seed=8).float())
     modulations, keys_values, masks = passes(model, z, t, c, mask, null)
     rows, denoise = [], model.denoise
     model.denoise = lambda z, *args: rows.append(len(z)) or denoise(z, *args)
     eps = sample.guided_noise(model, z, modulations, keys_values, masks, source, s, s_image)
     assert sum(rows) == 2 * (1 + (s != s_image) + (s_image != 1))
-    eps_00, eps_s0, eps_sc = model(z, t, null, mask), model(z, t, null, mask, source), model(z, t, c, mask, source)
+    eps_00, eps_s0, eps_sc = (model(z, t, null, mask), model(z, t, null, mask, source),
+                              model(z, t, c, mask, source))
     same(eps, (1 - s_image) * eps_00 + (s_image - s) * eps_s0 + s * eps_sc, 1e-4)
 
 
@@ -859,7 +905,8 @@ def test_eq_34_ddim_step(eta):
     z_t, eps, noise, ab_t, ab_prev = randn(2, 3), randn(2, 3, seed=1), randn(2, 3, seed=2), 0.3, 0.8
     sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab_t)) * math.sqrt(1 - ab_t / ab_prev)
     z_0 = (z_t.numpy() - math.sqrt(1 - ab_t) * eps.numpy()) / math.sqrt(ab_t)
-    expected = math.sqrt(ab_prev) * z_0 + math.sqrt(1 - ab_prev - sigma ** 2) * eps.numpy() + sigma * noise.numpy()
+    expected = (math.sqrt(ab_prev) * z_0 + math.sqrt(1 - ab_prev - sigma ** 2) * eps.numpy()
+                + sigma * noise.numpy())
     z_prev, predicted = sample.ddim_step(z_t, eps, ab_t, ab_prev, eta, noise)
     same(z_prev, expected)
     same(predicted, z_0)
@@ -887,8 +934,9 @@ class Oracle:
 def test_eq_34_with_the_true_noise_ddim_lands_on_z_0(steps, eta):
     alpha_bar, z_0 = dit.noise_schedule(1000, 1e-4, 0.02), randn(2, 2, 2, 3)
     times = sample.sampling_times(1000, steps)
-    out = sample.ddim(Oracle(z_0, alpha_bar), randn(2, 2, 2, 3, seed=3), torch.zeros(4, 1, 5, dtype=torch.float64),
-                      torch.ones(4, 1, dtype=torch.bool), alpha_bar, times, 3.0, eta=eta,
+    out = sample.ddim(Oracle(z_0, alpha_bar), randn(2, 2, 2, 3, seed=3),
+                      torch.zeros(4, 1, 5, dtype=torch.float64), torch.ones(4, 1, dtype=torch.bool),
+                      alpha_bar, times, 3.0, eta=eta,
                       generators=[torch.Generator().manual_seed(i) for i in range(2)])
     same(out, z_0, 1e-5 if eta else 1e-7)
 
@@ -904,8 +952,9 @@ def test_sampling_times_start_at_T_fall_and_end_at_0(steps):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_eq_34_agrees_with_diffusers(steps, eta):
     schedulers = pytest.importorskip("diffusers", reason="the oracle is optional: pip install diffusers")
-    scheduler = schedulers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear", clip_sample=False,
-                                         set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading")
+    scheduler = schedulers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="scaled_linear",
+                                         clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+                                         timestep_spacing="leading")
     scheduler.set_timesteps(steps)
     alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02)
     times = [int(t) + 1 for t in scheduler.timesteps] + [0]                 # diffusers counts from 0
@@ -913,7 +962,8 @@ def test_eq_34_agrees_with_diffusers(steps, eta):
     for i, (t, t_prev) in enumerate(zip(times, times[1:])):
         eps, noise = randn(2, 3, 4, 4, seed=10 + i), randn(2, 3, 4, 4, seed=100 + i)
         theirs = scheduler.step(eps, t - 1, theirs, eta=eta, variance_noise=noise).prev_sample
-        # their step below the last time is alpha_bar of "t = -1": set_alpha_to_one makes it 1, our alpha_bar_0
+        # their step below the last time is alpha_bar of "t = -1":
+        # set_alpha_to_one makes it 1, our alpha_bar_0
         ours = sample.ddim_step(ours, eps, alpha_bar[t].item(), alpha_bar[t_prev].item(), eta, noise)[0]
         scale = theirs.abs().max().item()
         assert (ours - theirs).abs().max().item() < 1e-5 * max(1, scale)
@@ -937,31 +987,37 @@ def test_psnr_ssim_and_frechet_distance_against_their_definitions():
             for j in range(14):
                 p, q = a[0, c, i:i + 11, j:j + 11], b[0, c, i:i + 11, j:j + 11]
                 m, n = (window * p).sum(), (window * q).sum()
-                vp, vq, cov = (window * p * p).sum() - m * m, (window * q * q).sum() - n * n, (window * p * q).sum() - m * n
-                values.append((2 * m * n + 1e-4) * (2 * cov + 9e-4) / ((m * m + n * n + 1e-4) * (vp + vq + 9e-4)))
+                vp, vq, cov = ((window * p * p).sum() - m * m, (window * q * q).sum() - n * n,
+                               (window * p * q).sum() - m * n)
+                values.append((2 * m * n + 1e-4) * (2 * cov + 9e-4)
+                              / ((m * m + n * n + 1e-4) * (vp + vq + 9e-4)))
     assert math.isclose(psvae.ssim(x_hat, x)[0].item(), np.mean(values), rel_tol=1e-4)
     rng = np.random.default_rng(0)
     one = rng.normal(size=(500, 4))
     assert abs(psvae.frechet_distance(one, one)) < 1e-6
     assert math.isclose(psvae.frechet_distance(one, one + [1, 2, 0, 0]), 5, rel_tol=1e-6)
-    assert math.isclose(psvae.frechet_distance(one, 3 * one - 2 * one.mean(0)), 4 * np.trace(np.cov(one, rowvar=False)), rel_tol=1e-6)
+    assert math.isclose(psvae.frechet_distance(one, 3 * one - 2 * one.mean(0)),
+                        4 * np.trace(np.cov(one, rowvar=False)), rel_tol=1e-6)
 
 
 def test_learning_rate_warms_up_and_decays():
     rates = [data.learning_rate(step, 100, 10, 1.0) for step in range(100)]
     same(rates[:10], np.arange(1, 11) / 10)
-    assert rates[10] == 1.0 and all(a > b for a, b in zip(rates[10:], rates[11:])) and 0.0099 < rates[-1] < 0.02
+    assert (rates[10] == 1.0 and all(a > b for a, b in zip(rates[10:], rates[11:]))
+            and 0.0099 < rates[-1] < 0.02)
     same(rates[55], 0.01 + 0.99 * 0.5, 1e-9)
 
 
 def test_every_equation_stands_in_the_code_in_order_and_has_a_test():
     tests = set(re.findall(r"def test_eq_(\d+)_", Path(__file__).read_text(encoding="utf-8")))
-    where = {"svae.py": range(4, 12), "psvae.py": range(12, 20), "dit.py": range(20, 33), "sample.py": range(33, 35)}
+    where = {"svae.py": range(4, 12), "psvae.py": range(12, 20), "dit.py": range(20, 33),
+             "sample.py": range(33, 35)}
     for name, numbers in where.items():
         lines = (HERE / name).read_text(encoding="utf-8").splitlines()
         for number in numbers:
             assert str(number) in tests, f"no test for Eq. {number}"
-            assert any(re.match(rf"\s*# (DEVIATION.*)?Eq\. {number}:", line) or re.search(rf"# Eq\. {number}(,|:| |$)", line)
+            assert any(re.match(rf"\s*# (DEVIATION.*)?Eq\. {number}:", line)
+                       or re.search(rf"# Eq\. {number}(,|:| |$)", line)
                        for line in lines), f"Eq. {number} is not in {name}"
 
 
@@ -980,15 +1036,18 @@ def test_class_folders_give_their_names_as_captions(tmp_path):
 def test_imagenet_is_captioned_by_the_first_name_of_its_class_and_val_is_held_out(tmp_path, inner):
     touch(tmp_path, f"{inner}/n01440764/a.JPEG", f"{inner}/n01443537/b.JPEG",
           f"{inner}/../val/ILSVRC2012_val_00000001.JPEG")
-    (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius\n")
-    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01443537 1 2 3 4\n")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\n"
+                                                     "n01443537 goldfish, Carassius\n")
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n"
+                                                   "ILSVRC2012_val_00000001,n01443537 1 2 3 4\n")
     train, held_out = data.read_folder(str(tmp_path))
     assert texts(train) == {"n01440764/a.JPEG": "tench", "n01443537/b.JPEG": "goldfish"}
     assert texts(held_out) == {"ILSVRC2012_val_00000001.JPEG": "goldfish"}
     assert os.path.isfile(train.path(0)) and os.path.isfile(held_out.path(0))
 
 
-METADATA = [{"file_name": "a.png", "text": "a fox, red"}, {"file_name": "sub/b.png", "text": 'the "big"\none'},
+METADATA = [{"file_name": "a.png", "text": "a fox, red"},
+            {"file_name": "sub/b.png", "text": 'the "big"\none'},
             {"file_name": "./sub/b.png", "text": "make it big", "source": "a.png"}]
 
 
@@ -1002,7 +1061,8 @@ def test_metadata_gives_captions_and_edits(tmp_path, kind):
             writer.writerows(METADATA)
     else:
         mark, gap = ("\ufeff", "\r\n\n") if "mark" in kind else ("", "\n")
-        (tmp_path / "metadata.jsonl").write_text(mark + gap.join(map(json.dumps, METADATA)) + gap, encoding="utf-8")
+        (tmp_path / "metadata.jsonl").write_text(mark + gap.join(map(json.dumps, METADATA)) + gap,
+                                                 encoding="utf-8")
     train, _ = data.read_folder(str(tmp_path))
     assert (train.layout, train.images) == ("metadata", ["a.png", "sub/b.png"])
     assert train.rows == [(0, "a fox, red", -1), (1, 'the "big"\none', -1), (1, "make it big", 0)]
@@ -1051,7 +1111,7 @@ def test_no_picture_of_a_training_edit_is_held_out(tmp_path):
     assert held and not held & set(train.images) and held <= set(held_out.images)
     assert len(train.rows) + len(held_out.rows) == 400
     assert all(names.index(part.images[image]) - names.index(part.images[source]) in (1, -399)
-               for part in (train, held_out) for image, _, source in part.rows)         # still the right pairs
+               for part in (train, held_out) for image, _, source in part.rows)  # still the right pairs
 
 
 def test_the_world_is_read_like_any_folder(world):
@@ -1070,7 +1130,8 @@ def png(width, height, colour_type, depth, rows):
     """A PNG made by hand: what Pillow would not write."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return (b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
@@ -1079,7 +1140,8 @@ def readable_zoo(folder):
     folder.mkdir(parents=True, exist_ok=True)
     picture(folder / "cmyk.jpg", (0, 255, 255, 0), mode="CMYK", quality=95)
     (folder / "deep.png").write_bytes(png(4, 4, 0, 16, b"".join(b"\0" + b"\x80\x10" * 4 for _ in range(4))))
-    (folder / "deep and dark.png").write_bytes(png(4, 4, 0, 16, b"".join(b"\0" + b"\x00\xc8" * 4 for _ in range(4))))
+    (folder / "deep and dark.png").write_bytes(png(4, 4, 0, 16,
+                                                   b"".join(b"\0" + b"\x00\xc8" * 4 for _ in range(4))))
     picture(folder / "bit.png", 1, mode="1")
     picture(folder / "grey.png", 77, mode="L")
     palette = Image.new("P", (8, 8), 1)
@@ -1098,9 +1160,10 @@ def readable_zoo(folder):
     picture(folder / "name with spaces.png")
     picture(folder / "line\nbreak.png")
     picture(folder / "картина 画.png")
-    return {"cmyk.jpg": (255, 0, 0), "deep.png": (128,) * 3, "deep and dark.png": (0,) * 3, "bit.png": (255,) * 3,
-            "grey.png": (77,) * 3, "palette.png": (255,) * 3, "clear.png": (255, 127, 127), "turned.jpg": (255, 0, 0),
-            "moving.gif": (255, 0, 0), **dict.fromkeys(("dot.png", "long.png", "name with spaces.png",
+    return {"cmyk.jpg": (255, 0, 0), "deep.png": (128,) * 3, "deep and dark.png": (0,) * 3,
+            "bit.png": (255,) * 3, "grey.png": (77,) * 3, "palette.png": (255,) * 3,
+            "clear.png": (255, 127, 127), "turned.jpg": (255, 0, 0), "moving.gif": (255, 0, 0),
+            **dict.fromkeys(("dot.png", "long.png", "name with spaces.png",
                                                         "line\nbreak.png", "картина 画.png"), (200, 30, 40))}
 
 
@@ -1164,8 +1227,8 @@ def test_workers_bring_the_same_pictures_as_none(world):
 
 
 def zoo_flags(encoders, folder, out):
-    return ["--data", folder, "--preset", "tiny", "--encoder", encoders[0], "--image-size", 32, "--z-dim", 8, "--out", out,
-            *COMMON, "--batch", 8]
+    return ["--data", folder, "--preset", "tiny", "--encoder", encoders[0], "--image-size", 32, "--z-dim", 8,
+            "--out", out, *COMMON, "--batch", 8]
 
 
 def test_too_many_broken_pictures_end_a_run_with_their_count(tmp_path, encoders, refused):
@@ -1175,7 +1238,8 @@ def test_too_many_broken_pictures_end_a_run_with_their_count(tmp_path, encoders,
     assert not (tmp_path / "out/svae.pt").exists()
 
 
-def test_with_max_broken_1_a_run_names_what_it_skips_and_the_latents_have_no_row_for_it(tmp_path, encoders, capsys):
+def test_with_max_broken_1_a_run_names_what_it_skips_and_the_latents_have_no_row_for_it(tmp_path, encoders,
+                                                                                        capsys):
     good, bad = readable_zoo(tmp_path / "zoo"), broken_zoo(tmp_path / "zoo")
     (tmp_path / "zoo/outside.png").symlink_to(picture(tmp_path / "secret.png", (1, 2, 3)))
     flags = [str(word) for word in zoo_flags(encoders, tmp_path / "zoo", tmp_path / "out")]
@@ -1189,18 +1253,22 @@ def test_with_max_broken_1_a_run_names_what_it_skips_and_the_latents_have_no_row
     assert (meta["count"], meta["broken"]) == (len(good), len(bad))
 
 
-HOSTILE = ['{"file_name": "../secret.png", "text": "up"}', '{"file_name": "sub/../../secret.png", "text": "up"}',
-           '{"file_name": "%s/secret.png", "text": "absolute"}', '{"file_name": "outside.png", "text": "a link"}',
-           '{"file_name": "a.png", "text": "half a l', '[]', '7', '{"file_name": "a.png"}', '{"text": "no name"}',
-           '{"file_name": ["a.png"], "text": "a list"}', '{"file_name": "a.png", "text": "edit", "source": "gone.png"}',
-           '{"file_name": "a.png", "text": "edit", "source": "../secret.png"}', '{"file_name": "/dev/zero", "text": "x"}',
-           '{"file_name": "a.png", "text": 5}', "[" * 100_000, '{"file_name": "a\\u0000.png", "text": "x"}',
-           '{"file_name": "table.json", "text": "no picture"}']
+HOSTILE = ['{"file_name": "../secret.png", "text": "up"}',
+           '{"file_name": "sub/../../secret.png", "text": "up"}',
+           '{"file_name": "%s/secret.png", "text": "absolute"}',
+           '{"file_name": "outside.png", "text": "a link"}', '{"file_name": "a.png", "text": "half a l',
+           '[]', '7', '{"file_name": "a.png"}', '{"text": "no name"}',
+           '{"file_name": ["a.png"], "text": "a list"}',
+           '{"file_name": "a.png", "text": "edit", "source": "gone.png"}',
+           '{"file_name": "a.png", "text": "edit", "source": "../secret.png"}',
+           '{"file_name": "/dev/zero", "text": "x"}', '{"file_name": "a.png", "text": 5}', "[" * 100_000,
+           '{"file_name": "a\\u0000.png", "text": "x"}', '{"file_name": "table.json", "text": "no picture"}']
 
 
 def hostile_table(tmp_path):
     folder = tmp_path / "in"
-    picture(folder / "a.png"), picture(tmp_path / "secret.png", (1, 2, 3)), touch(folder, "sub/b.png", "table.json")
+    (picture(folder / "a.png"), picture(tmp_path / "secret.png", (1, 2, 3)),
+     touch(folder, "sub/b.png", "table.json"))
     (folder / "outside.png").symlink_to(tmp_path / "secret.png")
     good = [{"file_name": "a.png", "text": ""}, {"file_name": "a.png", "text": "x" * 100_000},
             {"file_name": "a.png", "text": "\ud800 broken"}]
@@ -1211,7 +1279,8 @@ def hostile_table(tmp_path):
 
 def test_hostile_rows_are_counted_and_named_and_none_leaves_the_folder(tmp_path, capsys):
     folder = hostile_table(tmp_path)
-    with pytest.raises(data.UserError, match=rf"{len(HOSTILE)} of {len(HOSTILE) + 3} rows of .* are unusable"):
+    with pytest.raises(data.UserError,
+                       match=rf"{len(HOSTILE)} of {len(HOSTILE) + 3} rows of .* are unusable"):
         data.read_folder(str(folder))
     train, _ = data.read_folder(str(folder), max_broken=1)
     assert f"{len(HOSTILE)} of {len(HOSTILE) + 3} rows" in capsys.readouterr().out
@@ -1219,12 +1288,13 @@ def test_hostile_rows_are_counted_and_named_and_none_leaves_the_folder(tmp_path,
     assert sum("leaves the folder" in line for line in train.skipped) == 5
     assert all(re.match(rf"metadata.jsonl row {i}: .", line) for i, line in enumerate(train.skipped, 1))
     assert [len(text) for _, text, _ in train.rows] == [0, 100_000, 8]
-    assert all(text.encode("utf-8") is not None for _, text, _ in train.rows)           # rows.jsonl will hold it
+    assert all(text.encode("utf-8") is not None for _, text, _ in train.rows)  # rows.jsonl will hold it
 
 
 def test_hostile_rows_in_a_csv_are_counted_and_named(tmp_path):
     touch(tmp_path, "a.png")
-    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,good\n../a.png,up\na.png\na.png,x,too,many\n,\n'
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,good\n../a.png,up\na.png\n'
+                                           'a.png,x,too,many\n,\n'
                                            'a.png,"never closed\na.png,swallowed\n')
     train, _ = data.read_folder(str(tmp_path), max_broken=1)
     assert [text for _, text, _ in train.rows] == ["good", "x"] and len(train.skipped) == 4
@@ -1247,8 +1317,8 @@ def test_links_that_leave_the_folder_are_refused_and_links_inside_are_followed(t
     (tmp_path / "in/loop").symlink_to(tmp_path / "in")
     images, _, refused = data._listing(tmp_path / "in")
     assert images == {"a.png", "link.png", "sub/c.png"}
-    assert sorted(refused) == ["'folder': a link that leaves the folder", "'leaves.png': a link that leaves the folder",
-                               "'loop': a link to a folder"]
+    assert sorted(refused) == ["'folder': a link that leaves the folder",
+                               "'leaves.png': a link that leaves the folder", "'loop': a link to a folder"]
 
 
 def test_a_pipe_with_the_name_of_a_picture_does_not_hang_a_run(tmp_path):
@@ -1262,7 +1332,8 @@ def test_a_file_name_that_is_no_unicode_gives_a_caption_that_can_be_written(tmp_
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/red\xff.png")
     train, _ = data.read_folder(str(tmp_path))
-    assert train.rows[0][1].encode("utf-8").startswith(b"red") and data.Pictures(train, 32)[(0, None)][1] == []
+    assert (train.rows[0][1].encode("utf-8").startswith(b"red")
+            and data.Pictures(train, 32)[(0, None)][1] == [])
 
 
 def test_one_picture_is_enough_for_a_run(tmp_path, encoders):
@@ -1271,7 +1342,8 @@ def test_one_picture_is_enough_for_a_run(tmp_path, encoders):
 
 
 def test_held_out_pictures_that_are_broken_are_named(tmp_path, encoders, capsys):
-    picture(tmp_path / "in/train/a.png"), touch(tmp_path, "in/val/broken.png"), picture(tmp_path / "in/val/c.png")
+    (picture(tmp_path / "in/train/a.png"), touch(tmp_path, "in/val/broken.png"),
+     picture(tmp_path / "in/val/c.png"))
     assert svae.main([str(word) for word in zoo_flags(encoders, tmp_path / "in", tmp_path / "out")]) == 0
     assert "broken.png" in capsys.readouterr().out
 
@@ -1304,7 +1376,8 @@ def test_features_are_the_networks_own_patch_tokens(kind, encoders, with_registe
     encoder = data.load_image_encoder(encoders[0] if kind == "plain" else with_registers)
     x = torch.rand(2, 3, 48, 48) * 2 - 1
     seen = []
-    encoder.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    encoder.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]),
+                                              with_kwargs=True)
     f = encoder(x)
     assert seen[0].shape == (2, 3, 42, 42)                              # 14 px for each of 3 x 3 cells
     tokens = encoder.network(pixel_values=seen[0]).last_hidden_state
@@ -1327,7 +1400,8 @@ def test_a_patch_sees_its_own_cell_of_the_picture(encoders):
 def test_the_mean_colour_of_imagenet_is_zero_to_the_network_and_one_deviation_is_one(encoders):
     encoder = data.load_image_encoder(encoders[0])
     seen = []
-    encoder.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    encoder.network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]),
+                                              with_kwargs=True)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for x in (mean, mean + std):
         encoder((x * 2 - 1).expand(1, 3, 32, 32))
@@ -1338,7 +1412,8 @@ def test_the_image_encoder_stays_in_eval_mode_and_its_mask_token_frozen(encoders
     encoder = data.load_image_encoder(encoders[0])
     torch.nn.Sequential(encoder).train()
     assert not any(module.training for module in encoder.modules())
-    assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == ["network.embeddings.mask_token"]
+    assert ([name for name, p in encoder.named_parameters() if not p.requires_grad]
+            == ["network.embeddings.mask_token"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "registers"])
@@ -1357,8 +1432,8 @@ def test_another_kind_of_network_is_refused(encoders):
         data.load_image_encoder(encoders[1])
 
 
-@pytest.mark.parametrize("how", ["a weight is missing", "a weight is too many", "a weight has another shape", "cut in half",
-                                 "no config", "no weights"])
+@pytest.mark.parametrize("how", ["a weight is missing", "a weight is too many", "a weight has another shape",
+                                 "cut in half", "no config", "no weights"])
 def test_a_folder_with_half_a_network_is_refused(tmp_path, encoders, how):
     from safetensors.torch import load_file, save_file
     folder = shutil.copytree(encoders[0], tmp_path / "encoder")
@@ -1452,13 +1527,15 @@ def test_the_order_depends_on_seed_stage_and_step_alone():
 
 def test_every_purpose_of_every_step_has_its_own_noise():
     draws = {tuple(torch.randn(3, generator=data.generator(*key)).tolist())
-             for key in ((0, "a", 0, "eps"), (1, "a", 0, "eps"), (0, "b", 0, "eps"), (0, "a", 1, "eps"), (0, "a", 0, "t"))}
+             for key in ((0, "a", 0, "eps"), (1, "a", 0, "eps"), (0, "b", 0, "eps"), (0, "a", 1, "eps"),
+                         (0, "a", 0, "t"))}
     assert len(draws) == 5
     one, two = (torch.randn(3, generator=data.generator(7, "a", 3, "t")) for _ in range(2))
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("draw", [lambda run: run.randn(5, "eps", 2, 3), lambda run: run.randint(5, "t", 1, 1001),
+@pytest.mark.parametrize("draw",
+                         [lambda run: run.randn(5, "eps", 2, 3), lambda run: run.randint(5, "t", 1, 1001),
                                   lambda run: torch.tensor(run.mine(list(range(12))))])
 def test_the_draws_of_two_ranks_are_the_halves_of_one_process_draw(draw):
     def rank(rank, world):
@@ -1466,7 +1543,8 @@ def test_the_draws_of_two_ranks_are_the_halves_of_one_process_draw(draw):
         run.cfg, run.stage, run.device = SimpleNamespace(seed=3, batch=12), "svae", torch.device("cpu")
         run.rank, run.world = rank, world
         return draw(run)
-    assert torch.equal(torch.cat([rank(0, 2), rank(1, 2)]), rank(0, 1)) and not torch.equal(rank(0, 2), rank(1, 2))
+    assert (torch.equal(torch.cat([rank(0, 2), rank(1, 2)]), rank(0, 1))
+            and not torch.equal(rank(0, 2), rank(1, 2)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1541,7 +1619,8 @@ def first_moment(checkpoint, value):
 
 
 DAMAGE = {
-    "is damaged or no checkpoint": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "is damaged or no checkpoint": lambda path: path.write_bytes(
+        path.read_bytes()[:path.stat().st_size // 2]),
     "is damaged or no checkpoint.": lambda path: path.write_bytes(b""),
     "is damaged or no checkpoint..": lambda path: torch.save([1, 2], path),
     "executed": lambda path: torch.save(state(path) | {"x": Attack(path.with_name("executed"))}, path),
@@ -1550,7 +1629,8 @@ DAMAGE = {
     "has format 99": edited(lambda c: c.update(format=99)),
     **{f"lacks {key}": edited(lambda c, key=key: c.pop(key))
        for key in ("config", "model", "step", "versions", "optimizer", "pending")},
-    **{f"{key} is no": edited(lambda c, key=key: c.update({key: "7"})) for key in ("config", "model", "step")},
+    **{f"{key} is no": edited(lambda c, key=key: c.update({key: "7"}))
+       for key in ("config", "model", "step")},
     "optimizer does not fit (": edited(lambda c: c.update(optimizer="7")),
     "lacks weights": edited(lambda c: c["model"].pop(min(c["model"]))),
     "has unknown weights": edited(lambda c: c["model"].update(surplus=torch.zeros(1))),
@@ -1581,18 +1661,21 @@ def test_latents_are_not_made_with_a_psvae_that_lacks_a_part(key, copy, refused)
     assert f"psvae.pt lacks {key}" in refused(psvae.main, "--out", out)
 
 
-@pytest.mark.parametrize("file, key", [("dit.pt", key) for key in ("ema", "shape", "psvae_fingerprint", "text_fingerprint",
+@pytest.mark.parametrize("file, key",
+                         [("dit.pt", key) for key in ("ema", "shape", "psvae_fingerprint", "text_fingerprint",
                                                                "mean", "variance", "edits", "config")])
 def test_nothing_is_sampled_from_a_checkpoint_that_lacks_a_part(file, key, copy, refused):
     out = copy("psvae.pt", "dit.pt")
     edited(lambda c: c.pop(key))(out / file)
-    assert f"{file} lacks {key}" in refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png")
+    assert f"{file} lacks {key}" in refused(sample.main, "--prompt", "a", "--model", out, "--out",
+                                            out / "x.png")
 
 
 def test_the_fingerprint_is_that_of_the_weights_that_encode(trained):
     model, checkpoint = psvae.load_psvae(trained / "psvae.pt")
     print_ = model.fingerprint()
-    assert print_ == json.loads((trained / "latents/meta.json").read_text())["fingerprint"] == state(trained / "dit.pt")["psvae_fingerprint"]
+    assert (print_ == json.loads((trained / "latents/meta.json").read_text())["fingerprint"]
+            == state(trained / "dit.pt")["psvae_fingerprint"])
     model.pixel_decoder.head[2].bias += 1
     model.semantic_decoder.body[0].bias += 1
     assert model.fingerprint() == print_
@@ -1623,8 +1706,9 @@ NEEDS = {"svae": [], "psvae": ["svae.pt"], "dit": ["latents"]}
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_a_run_stopped_twice_is_bit_equal_to_one_that_was_not(stage, copy, trained, encoders, monkeypatch):
     out, main = copy(*NEEDS[stage]), globals()[stage].main
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE, "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
-    for count, step in ((3, 3), (2, 5)):                                # inside the second epoch, then inside the third
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
+             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    for count, step in ((3, 3), (2, 5)):                                # inside epoch 2, then inside epoch 3
         with monkeypatch.context() as patch:
             stop_at(patch, stage, count)
             assert main([*flags, "--out", str(out)]) == 143
@@ -1645,7 +1729,7 @@ def test_latents_of_a_stopped_encoding_are_bit_equal_and_nothing_is_encoded_twic
     encode, calls = psvae.PSVAE.encode, []
     monkeypatch.setattr(psvae.PSVAE, "encode", lambda model, x: calls.append(len(x)) or encode(model, x))
     assert psvae.main(["--out", str(out)]) == 0
-    assert calls == [125 - 64]                                          # 64 of 120 + 5 pictures were done before
+    assert calls == [125 - 64]                                          # 64 of 120 + 5 were done before
     for name in ("mu.npy", "log_var.npy", "rows.jsonl", "meta.json"):
         assert (out / "latents" / name).read_bytes() == (trained / "latents" / name).read_bytes(), name
     assert not (out / "latents.partial").exists()
@@ -1672,14 +1756,17 @@ def test_more_steps_may_be_asked_for_and_the_decay_follows_and_is_said(copy, cap
     assert svae.main(["--out", str(out), "--steps", "10"]) == 0
     assert "--steps was 7, the decay of the learning rate follows" in capsys.readouterr().out
     rows = losses(out / "svae.csv")
-    assert [row["step"] for row in rows] == [2, 4, 5, 6, 7, 8, 10] and state(out / "svae.pt")["config"]["steps"] == 10
+    assert ([row["step"] for row in rows] == [2, 4, 5, 6, 7, 8, 10]
+            and state(out / "svae.pt")["config"]["steps"] == 10)
     assert rows[5]["learning_rate"] == pytest.approx(data.learning_rate(7, 10, 2, 2e-3), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage, flag, value, saved", [
-    ("svae", "--batch", "32", "48"), ("svae", "--beta", "0.5", "0.0001"), ("psvae", "--widths", "8,8,8,16", r"\(8, 8, 8, 8\)"),
-    ("psvae", "--data", "elsewhere", ""), ("dit", "--depth", "3", "2"), ("dit", "--seed", "1", "0")])
-def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(stage, flag, value, saved, copy, refused):
+    ("svae", "--batch", "32", "48"), ("svae", "--beta", "0.5", "0.0001"),
+    ("psvae", "--widths", "8,8,8,16", r"\(8, 8, 8, 8\)"), ("psvae", "--data", "elsewhere", ""),
+    ("dit", "--depth", "3", "2"), ("dit", "--seed", "1", "0")])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(stage, flag, value, saved, copy,
+                                                                            refused):
     out = copy(f"{stage}.pt", "latents")
     line = refused(globals()[stage].main, "--out", out, flag, value, "--steps", 9)
     assert re.search(rf"{flag} .* contradicts the checkpoint, which has {flag} {saved}", line)
@@ -1688,7 +1775,8 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(stag
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, encoders):
     out = copy("svae.pt", f"{stage}.pt", f"{stage}.csv", f"{stage}.png", "latents")
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE, "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
+             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
     assert globals()[stage].main([*flags, "--out", str(out), "--fresh", "--seed", "5"]) == 0
     for name in (f"{stage}.pt", f"{stage}.csv", f"{stage}.png"):
         assert (out / "old-1" / name).read_bytes() == (trained / name).read_bytes()
@@ -1699,15 +1787,18 @@ def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, enc
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_micro_batches_give_the_losses_of_one_batch(stage, copy, trained, encoders):
     out = copy(*NEEDS[stage])
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE, "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
+             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
     assert globals()[stage].main([*flags, "--out", str(out), "--micro-batches", "3"]) == 0
     one, two = losses(trained / f"{stage}.csv"), losses(out / f"{stage}.csv")
-    # The sums run in another order: 1e-7 or so at first, which Adam's division by small gradients makes larger
+    # The sums run in another order:
+    # 1e-7 or so at first, which Adam's division by small gradients makes larger
     assert one[0] == pytest.approx(two[0], rel=1e-5) and one[-1] == pytest.approx(two[-1], rel=2e-3)
 
 
-TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"), ("psvae", "semantic", "semantic_loss"),
-         ("psvae", "pixel", "pixel_loss"), ("psvae", "perceptual", "perceptual_loss"), ("psvae", "kl", "kl_divergence"),
+TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),
+         ("psvae", "semantic", "semantic_loss"), ("psvae", "pixel", "pixel_loss"),
+         ("psvae", "perceptual", "perceptual_loss"), ("psvae", "kl", "kl_divergence"),
          ("dit", "loss", "dit_loss")]
 
 
@@ -1724,7 +1815,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
         calls.append(1)
         return original(*args) + (value if len(calls) == 5 else 0)      # in the fifth step
     monkeypatch.setattr(module, function, planted)
-    line = refused(module.main, *flags, "--out", out, "--eval-every", 1000, "--save-every", 1, "--log-every", 3)
+    line = refused(module.main, *flags, "--out", out, "--eval-every", 1000, "--save-every", 1, "--log-every",
+                   3)
     assert re.search(rf"\b{term}\b.* at step 5, learning rate 0\.0", line) and f"{stage}.pt" in line
     checkpoint = state(out / f"{stage}.pt")
     assert checkpoint["step"] == 4 and all(w.isfinite().all() for w in checkpoint["model"].values())
@@ -1736,7 +1828,8 @@ def test_a_huge_gradient_is_clipped(copy, encoders, monkeypatch):
     step = torch.optim.AdamW.step
 
     def watched(optimizer, *args):
-        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item())
+        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups
+                                for p in group["params"]]).norm().item())
         return step(optimizer, *args)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out), "--clip", "0.5"]) == 0
@@ -1770,7 +1863,8 @@ def test_every_number_of_every_program_has_a_range(name):
     for field in fields(Config):
         if field.type in (int, float):
             for wrong in (-1, math.nan, math.inf, 10**30):
-                with pytest.raises(data.UserError, match=re.escape(f"{data.flag(field.name)} {wrong}: allowed")):
+                with pytest.raises(data.UserError,
+                                   match=re.escape(f"{data.flag(field.name)} {wrong}: allowed")):
                     Config(**base, **{field.name: wrong})
 
 
@@ -1820,8 +1914,9 @@ def test_wrong_input_gets_one_clear_line_and_exit_code_2(command, tmp_path, refu
 @pytest.mark.parametrize("name", ["data", "svae", "psvae", "dit", "sample"])
 def test_an_out_that_cannot_be_written_is_one_line(name, tmp_path, copy, refused):
     (tmp_path / "file").write_text("x")
-    argv = ["--prompt", "a", "--model", copy("psvae.pt", "dit.pt"), "--out", tmp_path / "file/x.png"] if name == "sample" else \
-        ["--out", tmp_path / "file", *(["--count", 10] if name != "dit" else [])]
+    argv = (["--prompt", "a", "--model", copy("psvae.pt", "dit.pt"), "--out", tmp_path / "file/x.png"]
+            if name == "sample"
+            else ["--out", tmp_path / "file", *(["--count", 10] if name != "dit" else [])])
     refused(PROGRAMS[name].main, *argv)
     assert (tmp_path / "file").read_text() == "x"
 
@@ -1833,8 +1928,9 @@ def test_a_folder_with_the_name_of_the_world_that_is_not_it_is_refused(tmp_path,
 
 
 def test_damaged_latents_are_refused_with_the_command_that_writes_them_again(copy, refused, encoders):
-    for name, content in (("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"format": 1}'), ("rows.jsonl", "{"),
-                          ("rows.jsonl", '{"image": 999999, "text": "x"}\n'), ("mu.npy", "junk"), ("log_var.npy", None)):
+    for name, content in (("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"format": 1}'),
+                          ("rows.jsonl", "{"), ("rows.jsonl", '{"image": 999999, "text": "x"}\n'),
+                          ("mu.npy", "junk"), ("log_var.npy", None)):
         out = copy("latents")
         if content is None:
             (out / "latents" / name).unlink()
@@ -1851,33 +1947,38 @@ def test_latents_of_another_psvae_are_refused(copy, refused, encoders):
     assert "latents of another psvae.pt" in refused(dit.main, "--out", out, "--steps", 9)
     out = copy("psvae.pt", "dit.pt")
     edited(lambda c: first_weight(c, lambda w: w + 1))(out / "psvae.pt")
-    assert "latents of another psvae.pt" in refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png")
+    assert "latents of another psvae.pt" in refused(sample.main, "--prompt", "a", "--model", out, "--out",
+                                                    out / "x.png")
 
 
 def test_a_new_dit_is_not_trained_on_latents_of_an_older_psvae(copy, refused, encoders, monkeypatch):
     out = copy("svae.pt", "psvae.pt", "latents")
     with monkeypatch.context() as patch:
-        stop_at(patch, "psvae", 1)                                      # trained further, and stopped before encoding
+        stop_at(patch, "psvae", 1)                                      # stopped before it encodes again
         assert psvae.main(["--out", str(out), "--steps", "8"]) == 143
     line = refused(dit.main, *DIT, "--text-encoder", encoders[1], "--out", out)
     assert "another psvae.pt" in line and "psvae.py --encode-only" in line
 
 
-def test_an_encoder_whose_weights_have_changed_is_refused_by_every_later_stage(copy, refused, encoders, tmp_path):
+def test_an_encoder_whose_weights_have_changed_is_refused_by_every_later_stage(copy, refused, encoders,
+                                                                               tmp_path):
     from safetensors.torch import load_file, save_file
     image, text = (shutil.copytree(name, tmp_path / kind) for name, kind in zip(encoders, ("image", "text")))
     for folder in (image, text):
         weights = load_file(folder / "model.safetensors")
-        save_file({name: weight + 0.1 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+        save_file({name: weight + 0.1 for name, weight in weights.items()}, folder / "model.safetensors",
+                  {"format": "pt"})
     out = copy("svae.pt", "psvae.pt", "dit.pt", "latents")
-    for name, folder, key in (("svae", image, "encoder"), ("psvae", image, "encoder"), ("dit", text, "text_encoder")):
+    for name, folder, key in (("svae", image, "encoder"), ("psvae", image, "encoder"),
+                              ("dit", text, "text_encoder")):
         edited(lambda c: c["config"].update({key: str(folder)}))(out / f"{name}.pt")
     weights_of = "weights of .*/image are not those|with another text encoder than .*/text is now"
     for main in (svae.main, psvae.main, dit.main):
         assert re.search(weights_of, refused(main, "--out", out, "--steps", 9)), main
-    assert re.search(weights_of, refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png"))
+    assert re.search(weights_of,
+                     refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png"))
     (out / "psvae.pt").unlink()
-    assert re.search(weights_of, refused(psvae.main, *PSVAE, "--out", out))     # stage 2 on stage 1's other encoder
+    assert re.search(weights_of, refused(psvae.main, *PSVAE, "--out", out))  # stage 2 on another stage 1's
 
 
 def test_stage_2_without_stage_1_says_what_that_costs(tmp_path, encoders, world, capsys):
@@ -1899,14 +2000,16 @@ def test_stage_2_starts_from_stage_1_and_says_what_it_inherits(copy, trained, ca
 def test_random_command_lines_end_with_exit_code_0_or_2(name, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_online", lambda: False)
     rng, module = random.Random(name), PROGRAMS[name]
-    values = ["0", "1", "-1", "nan", "inf", "1e99", "", "x", "7", "0.5", "8,8,8,8", str(tmp_path), "\udcff", "tiny", "full", "é"]
+    values = ["0", "1", "-1", "nan", "inf", "1e99", "", "x", "7", "0.5", "8,8,8,8", str(tmp_path), "\udcff",
+              "tiny", "full", "é"]
     for _ in range(40):
         # nothing there: neither encoder, latents nor model, so that no line gets as far as a training run
         argv = []
         for field in rng.sample(fields(module.Config), rng.randint(1, 4)):
             flag = data.flag(field.name)
             argv += [flag] if field.type is bool else [flag, rng.choice(values)]
-        argv += {"dit": [], "sample": ["--model", str(tmp_path)]}.get(name, ["--data", str(tmp_path / "nowhere")])
+        argv += {"dit": [], "sample": ["--model", str(tmp_path)]}.get(
+            name, ["--data", str(tmp_path / "nowhere")])
         argv += ["--out", str(tmp_path / "out")]
         assert module.main(argv) in (0, 2), argv
 
@@ -1953,7 +2056,8 @@ def test_evaluate_and_reconstruct_print_their_numbers(copy, capsys, tmp_path, mo
     monkeypatch.setattr(data, "load_lpips", no_weights)
     assert psvae.main(["--out", str(out), "--evaluate"]) == 0
     said = capsys.readouterr().out
-    assert "N = 5" in said and all(re.search(rf"{name} +\d+\.\d", said) for name in ("PSNR dB", "SSIM", "FDD"))
+    assert ("N = 5" in said
+            and all(re.search(rf"{name} +\d+\.\d", said) for name in ("PSNR dB", "SSIM", "FDD")))
     name = str(picture(tmp_path / "a.png"))
     assert psvae.main(["--out", str(out), "--reconstruct", name, name]) == 0
     assert capsys.readouterr().out.count("PSNR") == 2
@@ -1986,12 +2090,13 @@ def test_the_same_seed_gives_the_same_picture_in_every_batch_and_beside_every_ne
         pipeline(["a blue square left of a big green star", "a red circle", ""], [5, 11, 12], **settings)
     finally:
         del pipeline.decode
-    assert (latents[0][0] - latents[1][1]).abs().max() < 1e-4           # longer neighbours pad: another order of sums
+    assert (latents[0][0] - latents[1][1]).abs().max() < 1e-4  # longer neighbours pad: another order of sums
     assert (latents[0][0] - latents[1][0]).abs().max() > 0.1
 
 
 def test_sample_py_writes_n_pictures_for_each_prompt_with_their_settings(trained, tmp_path, capsys):
-    argv = ["--prompt", "a red circle", "two stars", "-n", "3", "--steps", "2", "--seed", "4", "--model", str(trained), "--film"]
+    argv = ["--prompt", "a red circle", "two stars", "-n", "3", "--steps", "2", "--seed", "4", "--model",
+            str(trained), "--film"]
     assert sample.main([*argv, "--out", str(tmp_path / "one.png")]) == 0
     image = Image.open(tmp_path / "one.png")
     assert image.width == 3 * (128 + 4) + 4 and image.height > 2 * 128
@@ -2016,7 +2121,8 @@ def test_an_image_is_edited_and_shown_beside_the_result(trained, tmp_path):
     assert image.width == 3 * (128 + 4) + 4 and image.getpixel((60, 60)) == (200, 30, 40)
 
 
-def test_a_long_prompt_is_cut_and_an_empty_one_is_the_null_condition_and_both_are_said(trained, tmp_path, capsys):
+def test_a_long_prompt_is_cut_and_an_empty_one_is_the_null_condition_and_both_are_said(trained, tmp_path,
+                                                                                       capsys):
     argv = ["-n", "1", "--steps", "1", "--model", str(trained), "--out", str(tmp_path / "x.png")]
     assert sample.main([*argv, "--prompt", "word " * 400]) == 0
     assert "longer than 24 tokens; what follows is not read" in capsys.readouterr().out
@@ -2026,19 +2132,22 @@ def test_a_long_prompt_is_cut_and_an_empty_one_is_the_null_condition_and_both_ar
 
 
 @pytest.mark.parametrize("words, line", [("--image {tmp}/gone.png", "gone.png: no such file"),
-                                         ("--image {tmp}/letter.png", "letter.png cannot be read as an image"),
+                                         ("--image {tmp}/letter.png",
+                                          "letter.png cannot be read as an image"),
                                          ("--steps 1001", "--steps 1001: allowed is 1 to 1000")])
 def test_sample_py_refuses_what_it_cannot_use(words, line, trained, tmp_path, refused):
     broken_zoo(tmp_path)
     argv = words.format(tmp=tmp_path).split()
-    assert line in refused(sample.main, "--prompt", "a", "--model", trained, "--out", tmp_path / "x.png", *argv)
+    assert line in refused(sample.main, "--prompt", "a", "--model", trained, "--out", tmp_path / "x.png",
+                           *argv)
     assert not (tmp_path / "x.png").exists()
 
 
 def test_a_model_trained_without_edits_refuses_a_source(copy, refused, tmp_path):
     out = copy("psvae.pt", "dit.pt")
     edited(lambda c: c.update(edits=0))(out / "dit.pt")
-    line = refused(sample.main, "--prompt", "a", "--model", out, "--image", picture(tmp_path / "a.png"), "--out", out / "x.png")
+    line = refused(sample.main, "--prompt", "a", "--model", out, "--image", picture(tmp_path / "a.png"),
+                   "--out", out / "x.png")
     assert "trained without edits" in line
 
 
@@ -2051,8 +2160,10 @@ def test_sample_py_takes_out_where_it_holds_a_model(trained, tmp_path, monkeypat
 
 def test_a_grid_puts_captions_under_enlarged_pictures():
     black = np.zeros((32, 32, 3), np.uint8)
-    bare, told = data.grid([[black, black]]), data.grid([[black, black]], [["word " * 60, "b"]], ["one", "two"])
-    assert bare.size == (2 * 100 + 4, 100 + 4) and told.width == bare.width and told.height > bare.height + 16 + 40
+    bare, told = (data.grid([[black, black]]),
+                  data.grid([[black, black]], [["word " * 60, "b"]], ["one", "two"]))
+    assert (bare.size == (2 * 100 + 4, 100 + 4) and told.width == bare.width
+            and told.height > bare.height + 16 + 40)
     assert np.asarray(bare)[4:100, 4:100].max() == 0 and np.asarray(bare)[:, :4].min() == 255
 
 
@@ -2073,7 +2184,8 @@ def test_pca_colours_are_pictures_of_any_features(shape):
 
 
 def test_every_stage_leaves_a_picture_and_a_log_with_held_out_losses(trained):
-    for stage, columns in (("svae", {"semantic", "kl", "held_out_semantic"}), ("psvae", {"pixel", "held_out_psnr"}),
+    for stage, columns in (("svae", {"semantic", "kl", "held_out_semantic"}),
+                           ("psvae", {"pixel", "held_out_psnr"}),
                            ("dit", {"loss", "held_out_q1", "held_out_q4", "held_out_edit_q4"})):
         image = Image.open(trained / f"{stage}.png")
         assert image.width > 300 and np.asarray(image).std() > 1
@@ -2086,14 +2198,17 @@ def test_every_stage_leaves_a_picture_and_a_log_with_held_out_losses(trained):
 def test_a_stage_imports_nothing_of_the_project_but_data(stage):
     ours = {path.stem for path in HERE.glob("*.py")} | {"notes"}
     tree = ast.parse((HERE / f"{stage}.py").read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} | \
-        {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported = ({alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                 for alias in node.names}
+                | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)})
     assert {name for name in imported if name.split(".")[0] in ours} == {"data"}
 
 
 def test_dit_py_never_opens_a_picture():
-    names = {node.attr for node in ast.walk(ast.parse((HERE / "dit.py").read_text())) if isinstance(node, ast.Attribute)}
-    assert not names & {"Pictures", "read_folder", "open_image", "user_image", "load_image_encoder", "pictures"}
+    names = {node.attr for node in ast.walk(ast.parse((HERE / "dit.py").read_text()))
+             if isinstance(node, ast.Attribute)}
+    assert not names & {"Pictures", "read_folder", "open_image", "user_image", "load_image_encoder",
+                        "pictures"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2103,8 +2218,8 @@ def test_dit_py_never_opens_a_picture():
 
 def start(*words, folder=HERE, **options):
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": ""}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def test_a_second_run_is_refused_naming_the_first_and_a_killed_run_goes_on_bit_equal(copy, refused):
@@ -2136,8 +2251,8 @@ def test_a_second_run_is_refused_naming_the_first_and_a_killed_run_goes_on_bit_e
 
 def test_two_processes_draw_one_world_and_give_the_losses_of_one(tmp_path, encoders):
     flags = [*SVAE, "--encoder", encoders[0], "--count", "60"]
-    process = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29000 + os.getpid() % 2000,
-                    HERE / "svae.py", *flags, "--out", tmp_path / "two")
+    process = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
+                    29000 + os.getpid() % 2000, HERE / "svae.py", *flags, "--out", tmp_path / "two")
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert svae.main([*flags, "--out", str(tmp_path / "one")]) == 0
@@ -2148,8 +2263,11 @@ def test_two_processes_draw_one_world_and_give_the_losses_of_one(tmp_path, encod
 
 
 def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2(trained, tmp_path):
-    argv = ["--prompt", "a red circle above a blue square", "-n", 1, "--steps", 3, "--model", trained, "--out", tmp_path / "a.png"]
-    good, bad = start(HERE / "sample.py", *argv, folder=tmp_path), start(HERE / "sample.py", "--promt", "x", folder=tmp_path)
+    argv = ["--prompt", "a red circle above a blue square", "-n", 1, "--steps", 3, "--model", trained,
+            "--out", tmp_path / "a.png"]
+    good, bad = (start(HERE / "sample.py", *argv, folder=tmp_path),
+                 start(HERE / "sample.py", "--promt", "x", folder=tmp_path))
     (said, _), (complaint, _) = good.communicate(timeout=120), bad.communicate(timeout=120)
-    assert good.returncode == 0 and f"wrote {tmp_path / 'a.png'}" in said and Image.open(tmp_path / "a.png").width > 100
+    assert (good.returncode == 0 and f"wrote {tmp_path / 'a.png'}" in said
+            and Image.open(tmp_path / "a.png").width > 100)
     assert bad.returncode == 2 and complaint.startswith("error: ") and len(complaint.splitlines()) == 1

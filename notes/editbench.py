@@ -1,12 +1,16 @@
-"""How well does the model edit? The judge reads the result: is it what was asked for, and is all else as it was?
+"""How well does the model edit? The judge reads the result:
+is it what was asked for, and is all else as it was?
 
     python notes/editbench.py                400 edits of unseen pictures, 400 with held-out combinations
     python notes/editbench.py --quick        a quarter of them
-    python notes/editbench.py --baselines    also the trivial ways: copy, regenerate, SDEdit; and the right answers
+    python notes/editbench.py --baselines    also the trivial ways: copy, regenerate, SDEdit;
+                                             and the right answers
     python notes/editbench.py --guidance 2 4 --image-guidance 1 1.5      a sweep
 
-obeyed   what the instruction names is as it says: the new colour, the right object gone, the added one in its place
-kept     background, other objects, and all that is unsaid about the changed one, are as they were; nothing is new
+obeyed   what the instruction names is as it says: the new colour, the right object gone, the added one in
+         its place
+kept     background, other objects, and all that is unsaid about the changed one, are as they were;
+         nothing is new
 both     at once, in the same picture
 
 An unreadable result is neither. The region that must not change is also compared pixel by pixel, where the
@@ -23,14 +27,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from notes.geneval import add_model_flags, brief, load, phrase, save, summarise                      # noqa: E402
-from notes.judge import read                                                                         # noqa: E402
-from notes.world import (CANVAS, COLOURS, KINDS, SHAPES, SIZES, STYLES, WORDS, draw, edit,           # noqa: E402
+from notes.geneval import add_model_flags, brief, load, phrase, save, summarise              # noqa: E402
+from notes.judge import read                                                                 # noqa: E402
+from notes.world import (CANVAS, COLOURS, KINDS, SHAPES, SIZES, STYLES, WORDS, draw, edit,   # noqa: E402
                          looks_like, relation, room)
 
 NEAR = 3.0   # pixels within which an object counts as not moved
 LOOK = ("shape", "colour", "size", "style")
-NAMED = {"recolour": ("colour",), "restyle": ("style",), "replace": ("shape", "colour"), "resize/move": ("size",)}
+NAMED = {"recolour": ("colour",), "restyle": ("style",), "replace": ("shape", "colour"),
+         "resize/move": ("size",)}
 
 
 def triples(split, count):
@@ -39,7 +44,7 @@ def triples(split, count):
     return [{"split": split, **dict(zip(names, edit(i, split)))} for i in range(count)]
 
 
-# --- Obeyed? Kept? --------------------------------------------------------------------------------------------------
+# --- Obeyed? Kept? ------------------------------------------------------------------------------------------
 
 MEANS = {word: (name, value)
          for name, values in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "style": STYLES}.items()
@@ -52,7 +57,8 @@ def attributes(words):
 
 
 def asked_to_add(instruction, source):
-    """What is said about the new object: its attributes, and (relation, the object it is seen from) or None."""
+    """What is said about the new object:
+    its attributes, and (relation, the object it is seen from) or None."""
     for where in ("left", "right", "above", "below"):
         for wording in WORDS[where]:
             new, found, anchor = instruction.partition(f" {wording} the ")
@@ -68,7 +74,8 @@ def distance(a, b):
 
 
 def errors(triple, t, r):
-    """How many things are wrong if r, of the result, stands for t, of the target: (named ones, unnamed ones)."""
+    """How many things are wrong if r, of the result, stands for t, of the target:
+    (named ones, unnamed ones)."""
     source, kind = triple["source"], triple["kind"]
     wrong = [name for name in LOOK if getattr(t, name) != getattr(r, name)]
     if kind == "add" and t not in source.objects:   # what is not said about it is free
@@ -90,9 +97,10 @@ def judge_edit(triple, facts):
         return False, False
     changed = [t for t in target.objects if t not in source.objects]
     gone = [o for o in source.objects if o not in target.objects] if kind == "remove" else []
-    # Which object of the result stands for which one wanted: the assignment with the fewest errors, then the nearest.
-    # An object that was not changed as told is still that object, so errors in what is named weigh least. What should
-    # be gone takes the objects that are still like it. An index behind the last object means: it is not there.
+    # Which object of the result stands for which one wanted: the assignment with the fewest errors, then the
+    # nearest. An object that was not changed as told is still that object, so errors in what is named weigh
+    # least. What should be gone takes the objects that are still like it. An index behind the last object
+    # means: it is not there.
     slots, found, cost = [*target.objects, *gone], {}, {}
     for (i, t), (j, r) in itertools.product(enumerate(slots), enumerate(facts.objects)):
         if t in gone:
@@ -119,14 +127,15 @@ def judge_edit(triple, facts):
 
 
 def untouched(triple, facts):
-    """Pixels that must not change, bool (64, 64): 3 or more away from all that was changed; None: there are none."""
+    """Pixels that must not change, bool (64, 64): 3 or more away from all that was changed;
+    None: there are none."""
     source, target = triple["source"].objects, triple["target"].objects
     if triple["kind"] == "background":
         return None
     mask = np.ones((CANVAS, CANVAS), bool)
     kept = [o for o in source if o in target]
     changed = [o for o in (*source, *target) if o not in kept]
-    changed += [r for r in facts.objects if all(distance(r, o) > NEAR for o in kept)]   # where it was really added
+    changed += [r for r in facts.objects if all(distance(r, o) > NEAR for o in kept)]   # really added there
     for o in changed:
         reach = room(o.shape, o.size)[-1] + 3
         rows, columns = (slice(max(0, int(c - reach)), int(c + reach) + 1) for c in (o.y, o.x))
@@ -134,15 +143,17 @@ def untouched(triple, facts):
     return mask if mask.any() else None
 
 
-# --- Scores ---------------------------------------------------------------------------------------------------------
+# --- Scores -------------------------------------------------------------------------------------------------
 
 def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
-    """Scores `edit(sources uint8 (N, 64, 64, 3), instructions, seed) -> uint8`; picture k from noise of seed + k.
+    """Scores `edit(sources uint8 (N, 64, 64, 3), instructions, seed) -> uint8`;
+    picture k from noise of seed + k.
 
-    A triple's "prompt", if it has one, is given in place of its instruction. round_trip maps pictures to what the
-    PS-VAE alone makes of them. Returns {"seen", "heldout", "kinds": {kind: …}:
-    each {"obeyed", "kept", "both": {"score", "interval", "prompts"}, "edits"}, "unreadable", "seconds", "seed",
-    "untouched": {"result", "round_trip"} in dB, "failures": [(text, [source, result, target], what is wrong)]}.
+    A triple's "prompt", if it has one, is given in place of its instruction. round_trip maps pictures to what
+    the PS-VAE alone makes of them. Returns {"seen", "heldout", "kinds": {kind: …}:
+    each {"obeyed", "kept", "both": {"score", "interval", "prompts"}, "edits"}, "unreadable", "seconds",
+    "seed", "untouched": {"result", "round_trip"} in dB, "failures": [(text, [source, result, target], what is
+    wrong)]}.
     """
     good, unreadable, failures, squares, began = [], 0, [], [], time.perf_counter()
     for start in range(0, len(triples), batch):
@@ -157,7 +168,8 @@ def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
             unreadable += facts is None
             mask = untouched(t, facts) if obeyed else None
             if mask is not None:
-                squares.append([np.mean(np.subtract(p, source, dtype=float)[mask] ** 2) for p in (result, trip)])
+                squares.append([np.mean(np.subtract(p, source, dtype=float)[mask] ** 2)
+                                for p in (result, trip)])
             if not (obeyed and kept):
                 wrong = " and ".join(["not obeyed"] * (not obeyed) + ["not kept"] * (not kept))
                 pictures = [source, result, draw(t["target"])]
@@ -167,11 +179,13 @@ def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
     def part(which):
         chosen = [i for i, t in enumerate(triples) if which(t)]
         columns = zip(("obeyed", "kept", "both"), good[chosen].T)
-        return {**{name: summarise([""] * len(chosen), column) for name, column in columns}, "edits": len(chosen)}
+        return {**{name: summarise([""] * len(chosen), column) for name, column in columns},
+                "edits": len(chosen)}
 
     mse = np.maximum(np.mean(squares, axis=0), 1e-3) if squares else None
     decibel = (None, None) if mse is None else (10 * np.log10(255 ** 2 / mse)).tolist()
-    return {"seen": part(lambda t: t["split"] != "heldout"), "heldout": part(lambda t: t["split"] == "heldout"),
+    return {"seen": part(lambda t: t["split"] != "heldout"),
+            "heldout": part(lambda t: t["split"] == "heldout"),
             "kinds": {kind: part(lambda t: t["kind"] == kind) for kind in KINDS},
             "unreadable": unreadable / len(triples), "seconds": time.perf_counter() - began, "seed": seed,
             "untouched": dict(zip(("result", "round_trip"), decibel)),
@@ -190,10 +204,11 @@ def report(result):
     if region["result"] is not None:
         lines.append(f"what must not change, where obeyed: {region['result']:.1f} dB; "
                      f"the PS-VAE's round trip: {region['round_trip']:.1f} dB")
-    return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; {result['seconds']:.0f} s"])
+    return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; "
+                              f"{result['seconds']:.0f} s"])
 
 
-# --- The trivial ways -----------------------------------------------------------------------------------------------
+# --- The trivial ways ---------------------------------------------------------------------------------------
 
 def full_caption(scene):
     """Everything about a scene that a caption of the world can say."""
@@ -209,7 +224,8 @@ def full_caption(scene):
 
 
 def sdedit(pipeline, sources, texts, seeds, strength, steps, guidance):
-    """SDEdit (Meng et al. 2022): the source's latents, noised up to strength * T, are denoised with another text."""
+    """SDEdit (Meng et al. 2022): the source's latents, noised up to strength * T,
+    are denoised with another text."""
     import data
     import sample
     import torch
@@ -251,8 +267,9 @@ def baselines(pipeline, asked, own):
         return pipeline(texts, seeds, steps=own["steps"], guidance=own["guidance"])
 
     def from_noised(strength):
-        return lambda sources, texts, first: sdedit(pipeline, sources, texts, [first + i for i in range(len(texts))],
-                                                    strength, own["steps"], own["guidance"])
+        return lambda sources, texts, first: sdedit(pipeline, sources, texts,
+                                                    [first + i for i in range(len(texts))], strength,
+                                                    own["steps"], own["guidance"])
 
     return [("the right answers, after a PS-VAE round trip", asked, answer),
             ("copy the source", asked, lambda sources, texts, first: sources),
@@ -267,7 +284,8 @@ def main():
     parser.add_argument("--image-guidance", type=float, nargs="+", help="one or several (the preset's)")
     parser.add_argument("--count", type=int, default=400, help="edits of each of the two splits (400)")
     parser.add_argument("--baselines", action="store_true", help="also score the trivial ways")
-    parser.add_argument("--out", default="out/editbench.json", help="results; failures go to the .png beside it")
+    parser.add_argument("--out", default="out/editbench.json",
+                        help="results; failures go to the .png beside it")
     args = parser.parse_args()
     count = args.count // 4 if args.quick else args.count
     asked = triples("val", count) + triples("heldout", count)
@@ -277,7 +295,8 @@ def main():
 
     def model(guidance, image_guidance, steps):
         return lambda sources, texts, first: pipeline(texts, [first + i for i in range(len(texts))], sources,
-                                                      steps=steps, guidance=guidance, image_guidance=image_guidance)
+                                                      steps=steps, guidance=guidance,
+                                                      image_guidance=image_guidance)
 
     contenders = []
     grid = [getattr(args, key) or [own[key]] for key in ("guidance", "image_guidance", "steps")]

@@ -1,16 +1,19 @@
 """GenEval for the built-in world: 553 prompts over its six tasks, four pictures of each, read by the judge.
 
-    python notes/geneval.py                                      the model that sample.py would take: 2,212 pictures
-    python notes/geneval.py --quick                              139 prompts, a picture each: a first impression
+    python notes/geneval.py                                      the model that sample.py would take:
+                                                                 2,212 pictures
+    python notes/geneval.py --quick                              139 prompts, a picture each:
+                                                                 a first impression
     python notes/geneval.py --guidance 1 2 4 --steps 10 25 50    a sweep: quality against cost
     python notes/geneval.py --seed 0 1 2                         the spread over sampling seeds
-    python notes/geneval.py --compare a.json b.json              the difference of two results, with its interval
+    python notes/geneval.py --compare a.json b.json              the difference of two results,
+                                                                 with its interval
 
-The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94 colours, 100
-position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A picture counts if the judge reads
-it and finds exactly what the prompt says: objects that nobody asked for are errors. Prompts that name a (colour,
-shape) pair which training never shows are scored apart, as held out. Intervals: bootstrap over prompts, 95 %.
-Writes out/geneval.json, and out/geneval.png: failures, with what the judge saw.
+The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94 colours,
+100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A picture counts if the
+judge reads it and finds exactly what the prompt says: objects that nobody asked for are errors. Prompts that
+name a (colour, shape) pair which training never shows are scored apart, as held out. Intervals: bootstrap
+over prompts, 95 %. Writes out/geneval.json, and out/geneval.png: failures, with what the judge saw.
 """
 
 import argparse
@@ -34,7 +37,7 @@ HELD_OUT_SHARE = 0.2   # of the prompts of the four tasks that name colours
 BOOTSTRAP = 1000       # times that the prompts are drawn again
 
 
-# --- Prompts --------------------------------------------------------------------------------------------------------
+# --- Prompts ------------------------------------------------------------------------------------------------
 
 class Plain:
     """Stands in for a random generator where the first of several wordings is wanted."""
@@ -65,7 +68,8 @@ def _proposals(task):
         objects, need, join = [{"shape": s} for s in shapes[:count]], {}, "{} and {}" if count == 2 else "{}"
         if task in ("single", "two"):
             objects = [{**o, **e} for o, e in zip(objects, extra)]
-        # Counting and position are asked with and without colours; the colours and attribute binding are about them.
+        # Counting and position are asked with and without colours;
+        # the colours and attribute binding are about them.
         elif task in ("colours", "binding") or rng.random() < 0.7:
             objects = [{**o, "colour": c} for o, c in zip(objects, colours)]
         if task == "counting":
@@ -97,10 +101,11 @@ def prompts():
     return rows
 
 
-# --- Scores ---------------------------------------------------------------------------------------------------------
+# --- Scores -------------------------------------------------------------------------------------------------
 
 def summarise(tasks, scores):
-    """The mean over tasks of the mean over prompts, and its 95 % interval: prompts drawn again within each task."""
+    """The mean over tasks of the mean over prompts, and its 95 % interval:
+    prompts drawn again within each task."""
     rng, scores, tasks = generator("bootstrap"), np.asarray(scores, float), np.asarray(tasks)
     groups = [scores[tasks == task] for task in dict.fromkeys(tasks.tolist())]
     if not groups:
@@ -111,10 +116,12 @@ def summarise(tasks, scores):
 
 
 def evaluate(generate, prompts, n=4, seed=0, batch=128, keep=96):
-    """Scores `generate(texts, seed) -> uint8 (N, 64, 64, 3)`, whose picture k is to start from noise of seed + k.
+    """Scores `generate(texts, seed) -> uint8 (N, 64, 64, 3)`,
+    whose picture k is to start from noise of seed + k.
 
-    Returns {"overall", "seen", "heldout", "tasks": {task: …}: each {"score", "interval", "prompts"}, "unreadable",
-    "seconds", "scores": of each prompt, "failures": [(text, picture, what the judge read)], "n", "seed"}.
+    Returns {"overall", "seen", "heldout", "tasks": {task: …}: each {"score", "interval", "prompts"},
+    "unreadable", "seconds", "scores": of each prompt, "failures": [(text, picture, what the judge read)],
+    "n", "seed"}.
     """
     jobs = [row for row in prompts for _ in range(n)]
     good, unreadable, failures, began = [], 0, [], time.perf_counter()
@@ -135,7 +142,8 @@ def evaluate(generate, prompts, n=4, seed=0, batch=128, keep=96):
     return {"overall": part(lambda row: True),
             "seen": part(lambda row: not row["heldout"]), "heldout": part(lambda row: row["heldout"]),
             "tasks": {task: part(lambda row: row["task"] == task) for task in TASKS},
-            "unreadable": unreadable / len(jobs), "seconds": time.perf_counter() - began, "scores": scores.tolist(),
+            "unreadable": unreadable / len(jobs), "seconds": time.perf_counter() - began,
+            "scores": scores.tolist(),
             "failures": failures[::max(1, -(-len(failures) // keep))],   # evenly over the tasks
             "n": n, "seed": seed}
 
@@ -143,26 +151,31 @@ def evaluate(generate, prompts, n=4, seed=0, batch=128, keep=96):
 def report(result):
     """The table that is printed, and quoted."""
     lines = [f"{'':<14}{'score':>7}   95 % interval  prompts"]
-    parts = {"overall": result["overall"], "seen": result["seen"], "held out": result["heldout"], **result["tasks"]}
+    parts = {"overall": result["overall"], "seen": result["seen"], "held out": result["heldout"],
+             **result["tasks"]}
     for name, s in parts.items():
         if s["prompts"]:
             low, high = s["interval"]
             lines.append(f"{name:<14}{s['score']:>7.1%}   {low:>6.1%} – {high:<6.1%}{s['prompts']:>8}")
-    return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; {result['seconds']:.0f} s"])
+    return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; "
+                              f"{result['seconds']:.0f} s"])
 
 
 def compare(first, second):
-    """Overall score of the second result file less that of the first, paired by prompt, over all seeds in each."""
-    a, b = (np.mean([r["scores"] for r in json.loads(Path(name).read_text())], axis=0) for name in (first, second))
+    """Overall score of the second result file less that of the first, paired by prompt,
+    over all seeds in each."""
+    a, b = (np.mean([r["scores"] for r in json.loads(Path(name).read_text())], axis=0)
+            for name in (first, second))
     tasks = [row["task"] for row in prompts()]
     if not len(a) == len(b) == len(tasks):
-        raise SystemExit(f"--compare needs two full runs over {len(tasks)} prompts, not over {len(a)} and {len(b)}")
+        raise SystemExit(f"--compare needs two full runs over {len(tasks)} prompts, "
+                         f"not over {len(a)} and {len(b)}")
     s = summarise(tasks, b - a)
     low, high = s["interval"]
     return f"{second} less {first}: {s['score']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
 
 
-# --- What a person looks at -----------------------------------------------------------------------------------------
+# --- What a person looks at ---------------------------------------------------------------------------------
 
 def brief(facts):
     """What the judge saw, in few words: 'filled' and 'small' go without saying."""
@@ -206,10 +219,11 @@ def gallery(cells, columns=8, side=2 * CANVAS):
     return page
 
 
-# --- The model that sample.py would take ----------------------------------------------------------------------------
+# --- The model that sample.py would take --------------------------------------------------------------------
 
 def add_model_flags(parser):
-    parser.add_argument("--model", default="", help="folder with psvae.pt and dit.pt (out, else the shipped one)")
+    parser.add_argument("--model", default="",
+                        help="folder with psvae.pt and dit.pt (out, else the shipped one)")
     parser.add_argument("--guidance", type=float, nargs="+", help="one or several (the preset's)")
     parser.add_argument("--steps", type=int, nargs="+", help="DDIM steps, one or several (the preset's)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several (0)")
@@ -226,7 +240,8 @@ def load(args):
     try:
         pipeline = sample.Pipeline(folder, data.pick_device(args.device))
         if pipeline.size != CANVAS:
-            raise data.UserError(f"{folder} draws pictures of {pipeline.size} px; the judge reads those of {CANVAS}.")
+            raise data.UserError(f"{folder} draws pictures of {pipeline.size} px; "
+                                 f"the judge reads those of {CANVAS}.")
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -249,13 +264,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add_model_flags(parser)
     parser.add_argument("--n", type=int, default=4, help="pictures of each prompt (4)")
-    parser.add_argument("--out", default="out/geneval.json", help="results; failures go to the .png beside it")
+    parser.add_argument("--out", default="out/geneval.json",
+                        help="results; failures go to the .png beside it")
     parser.add_argument("--prompts", action="store_true", help="only print the prompts")
     parser.add_argument("--compare", nargs=2, metavar="JSON", help="only compare two results")
     args = parser.parse_args()
     asked = prompts()
     if args.prompts:
-        lines = [f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}" for row in asked]
+        lines = [f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}"
+                 for row in asked]
         return print("\n".join(lines))
     if args.compare:
         return print(compare(*args.compare))
@@ -263,8 +280,8 @@ def main():
         asked, args.n = asked[::4], 1
     pipeline, name, own = load(args)
     results = []
-    for guidance, steps, seed in itertools.product(args.guidance or [own["guidance"]], args.steps or [own["steps"]],
-                                                   args.seed):
+    for guidance, steps, seed in itertools.product(args.guidance or [own["guidance"]],
+                                                   args.steps or [own["steps"]], args.seed):
         def generate(texts, first):
             seeds = [first + i for i in range(len(texts))]
             return pipeline(texts, seeds, steps=steps, guidance=guidance)
@@ -274,7 +291,8 @@ def main():
         print(f"\n{name}: guidance {guidance:g}, {steps} steps, seed {seed}\n{report(result)}", flush=True)
         results.append({"model": name, "guidance": guidance, "steps": steps, **result})
     if len(results) > 1:
-        print(f"\n{'guidance':>9}{'steps':>7}{'seed':>6}{'overall':>9}{'seen':>8}{'held out':>10}{'seconds':>9}")
+        print(f"\n{'guidance':>9}{'steps':>7}{'seed':>6}{'overall':>9}"
+              f"{'seen':>8}{'held out':>10}{'seconds':>9}")
         for r in results:
             print(f"{r['guidance']:>9g}{r['steps']:>7}{r['seed']:>6}{r['overall']['score']:>9.1%}"
                   f"{r['seen']['score']:>8.1%}{r['heldout']['score']:>10.1%}{r['seconds']:>9.0f}")

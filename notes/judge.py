@@ -4,10 +4,10 @@
     python notes/judge.py --model out    also on pictures that went through the PS-VAE of that folder
     python notes/judge.py a.png b.png    what it sees there
 
-It knows the palette and the outlines of the shapes, nothing else. Each connected region that is not background is
-compared with 24 templates (6 shapes x 2 sizes x 2 styles) at its centre of mass. A picture counts only if every
-region is clean: one palette colour, one shape that fits and fits clearly best; and nothing may be left over. All else
-is unreadable, which counts as wrong.
+It knows the palette and the outlines of the shapes, nothing else. Each connected region that is not
+background is compared with 24 templates (6 shapes x 2 sizes x 2 styles) at its centre of mass. A picture
+counts only if every region is clean: one palette colour, one shape that fits and fits clearly best; and
+nothing may be left over. All else is unreadable, which counts as wrong.
 """
 
 import argparse
@@ -22,14 +22,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from notes.world import (BACKGROUNDS, CANVAS, COLOURS, SHAPES, SIZES, STROKE, STYLES, Object, Scene,  # noqa: E402
-                         draw, generator, polygon, relation, scene)
+from notes.world import (BACKGROUNDS, CANVAS, COLOURS, SHAPES, SIZES, STROKE, STYLES, Object,  # noqa: E402
+                         Scene, draw, generator, polygon, relation, scene)
 
 BACKGROUND_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 OBJECT_RGB = np.array(list(COLOURS.values()), np.float32)
 PALETTE = np.concatenate([BACKGROUND_RGB, OBJECT_RGB])
 
-# Tolerances in RGB distance: palette colours are 60 or more apart, averages of two stay 30 away, a decoder errs by 5.
+# Tolerances in RGB distance: palette colours are 60 or more apart, averages of two stay 30 away,
+# a decoder errs by 5.
 BACKGROUND_OFF = 18.0   # of the background's median from its palette colour
 COLOUR_OFF = 24.0       # of an object's colour, fitted through its template, from its palette colour
 FLATNESS = 11.0         # RMS of whatever the reading leaves unexplained, edges of objects left out
@@ -50,10 +51,12 @@ WIDTH = 2 * HALF
 def templates():
     """Coverage of all templates, in each softness, for centres at quarters of a pixel.
 
-    Returns coverage (4, 4, 24 * 5, WIDTH, WIDTH), its squared norms (4, 4, 24 * 5), lengths of edge (24 * 5,).
+    Returns coverage (4, 4, 24 * 5, WIDTH, WIDTH), its squared norms (4, 4, 24 * 5),
+    lengths of edge (24 * 5,).
     """
     fine = 8
-    masks, edges = np.zeros((len(TEMPLATES), fine * WIDTH, fine * WIDTH), np.float32), np.zeros(len(TEMPLATES))
+    masks, edges = (np.zeros((len(TEMPLATES), fine * WIDTH, fine * WIDTH), np.float32),
+                    np.zeros(len(TEMPLATES)))
     for k, (shape, size, style) in enumerate(TEMPLATES):
         image = Image.new("L", masks[k].shape)
         for inset, value in ((0.0, 1), (STROKE, 0))[:1 + (style == "outline")]:
@@ -63,7 +66,7 @@ def templates():
         masks[k] = np.asarray(image)
     out = np.zeros((4, 4, len(TEMPLATES), len(SOFTNESS), WIDTH, WIDTH), np.float32)
     at = np.arange(WIDTH)
-    for j, i in itertools.product(range(4), range(4)):   # a template does not reach the border: what rolls over is 0
+    for j, i in itertools.product(range(4), range(4)):   # no template gets to the border: only 0 rolls over
         moved = np.roll(masks, (j * fine // 4, i * fine // 4), axis=(1, 2))
         sharp = moved.reshape(len(TEMPLATES), WIDTH, fine, WIDTH, fine).mean((2, 4))
         for level, sigma in enumerate(SOFTNESS):
@@ -75,9 +78,11 @@ def templates():
 
 
 def regions(mask):
-    """Connected regions of a bool (H, W), diagonals included: labels 1, 2, …, 0 outside; and how many there are."""
+    """Connected regions of a bool (H, W), diagonals included: labels 1, 2, …, 0 outside;
+    and how many there are."""
     step = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    runs = [(y, a, b) for (y, a), b in zip(np.argwhere(step == 1).tolist(), np.nonzero(step == -1)[1].tolist())]
+    runs = [(y, a, b)
+            for (y, a), b in zip(np.argwhere(step == 1).tolist(), np.nonzero(step == -1)[1].tolist())]
     parent = list(range(len(runs)))   # a union-find over the runs of the rows
 
     def root(k):
@@ -124,7 +129,8 @@ def read(picture):
     base = np.median(rgb[nearest == back], axis=0)
     if np.linalg.norm(base - BACKGROUND_RGB[back]) > BACKGROUND_OFF:
         return None
-    # On an edge the wrong colour may be nearest: it only counts whether any object's colour beats this background.
+    # On an edge the wrong colour may be nearest:
+    # it only counts whether any object's colour beats this background.
     labels, count = regions(distance[:, :, len(BACKGROUND_RGB):].min(-1) < distance[:, :, back])
     objects, edges, rest = [], np.zeros(labels.shape, bool), rgb - base
     for label in range(1, count + 1):
@@ -149,11 +155,13 @@ def read(picture):
 
 
 def _colour(rgb, base, mask):
-    """Index of the palette colour that a region's strongest part shows, and the way to it from the background."""
+    """Index of the palette colour that a region's strongest part shows,
+    and the way to it from the background."""
     contrast = np.linalg.norm(rgb, axis=-1) * mask
     seen = np.median(rgb[contrast >= 0.85 * np.quantile(contrast[mask], 0.9)], axis=0)
     ways = OBJECT_RGB - base
-    # A soft edge makes all of a stroke paler, by up to a third: the direction decides, and then how far it got.
+    # A soft edge makes all of a stroke paler, by up to a third:
+    # the direction decides, and then how far it got.
     along = np.clip((ways @ seen) / (ways ** 2).sum(1), 0.65, 1)[:, None]
     best = int(np.linalg.norm(along * ways - seen, axis=1).argmin())
     return best, ways[best]
@@ -162,14 +170,16 @@ def _colour(rgb, base, mask):
 def _match(rgb, base, labels, label):
     """One region of a picture whose background `base` was subtracted, or None where it is not a clean object.
 
-    Returns the Object, its colour (less the background's too), the window of its template and the coverage there.
+    Returns the Object, its colour (less the background's too),
+    the window of its template and the coverage there.
     """
     mask = labels == label
     ys, xs = np.nonzero(mask)
     if max(np.ptp(ys), np.ptp(xs)) >= WIDTH:
         return None
     colour, way = _colour(rgb, base, mask)
-    # Coverage: how far each pixel is on the way from the background to that colour. Other regions are left out.
+    # Coverage: how far each pixel is on the way from the background to that colour.
+    # Other regions are left out.
     near = (slice(max(0, ys.min() - 3), ys.max() + 4), slice(max(0, xs.min() - 3), xs.max() + 4))
     others = grow((labels > 0) & ~mask, 2) & ~grow(mask)
     alpha = np.zeros(labels.shape, np.float32)
@@ -182,7 +192,7 @@ def _match(rgb, base, labels, label):
     quarter_y, quarter_x = round(4 * y), round(4 * x)
     top, left = quarter_y // 4 - HALF, quarter_x // 4 - HALF
     window = (slice(max(0, top), top + WIDTH), slice(max(0, left), left + WIDTH))
-    inside = (slice(max(0, -top), CANVAS - top), slice(max(0, -left), CANVAS - left))   # the same, in the template
+    inside = (slice(max(0, -top), CANVAS - top), slice(max(0, -left), CANVAS - left))   # in the template
     stack, norms, edge = templates()
     stack, norms = stack[quarter_y % 4, quarter_x % 4], norms[quarter_y % 4, quarter_x % 4]
     cut = np.zeros((WIDTH, WIDTH), np.float32)
@@ -194,21 +204,23 @@ def _match(rgb, base, labels, label):
     blurred = best % len(SOFTNESS) == len(SOFTNESS) - 1
     if blurred or error[best] > MISFIT or rival < RIVAL * error[best]:
         return None
-    # The colour that explains the region best, given the coverage: strokes that a soft edge made paler included.
+    # The colour that explains the region best, given the coverage:
+    # strokes that a soft edge made paler included.
     weight = coverage * ~others[window]
     fitted = np.tensordot(weight, rgb[window], 2) / (weight ** 2).sum()
     if np.linalg.norm(fitted - way) > COLOUR_OFF:
         return None
     shape, size, style = TEMPLATES[best // len(SOFTNESS)]
-    return Object(shape, list(COLOURS)[colour], size, style, round(x, 2), round(y, 2)), fitted, window, coverage
+    return (Object(shape, list(COLOURS)[colour], size, style, round(x, 2), round(y, 2)), fitted, window,
+            coverage)
 
 
 def check(facts, requirement):
     """Whether a reading meets a requirement; extra objects, or an unreadable picture, do not.
 
     requirement: {"objects": [{"shape": "circle", "colour": "red", "count": 2}, …], "relation": "above",
-    "background": "gray"}; each attribute of an object, "count" (1), "relation" (of the first object to the second)
-    and "background" may be left out.
+    "background": "gray"}; each attribute of an object, "count" (1), "relation" (of the first object to the
+    second) and "background" may be left out.
     """
     if facts is None or requirement.get("background", facts.background) != facts.background:
         return False
@@ -222,7 +234,7 @@ def check(facts, requirement):
                for order in itertools.permutations(facts.objects))
 
 
-# --- How good is the judge? ----------------------------------------------------------------------------------
+# --- How good is the judge? ---------------------------------------------------------------------------------
 
 START = 10 ** 6   # its pictures lie far behind any that a world on disk holds
 
@@ -230,17 +242,20 @@ START = 10 ** 6   # its pictures lie far behind any that a world on disk holds
 def facts_right(truth, facts):
     """[(name, true value, read value)] for each fact of a scene; objects are told apart by their places."""
     facts = facts or Scene("unreadable", ())
-    rows = [("background", truth.background, facts.background), ("count", len(truth.objects), len(facts.objects))]
+    rows = [("background", truth.background, facts.background),
+            ("count", len(truth.objects), len(facts.objects))]
     for o in truth.objects:
         twin = min(facts.objects, key=lambda p: np.hypot(p.x - o.x, p.y - o.y), default=None)
         for name in ("shape", "colour", "size", "style"):
             rows.append((name, getattr(o, name), getattr(twin, name, "unreadable")))
-        rows.append(("place", "right", "right" if twin and np.hypot(twin.x - o.x, twin.y - o.y) < 0.5 else "off"))
+        rows.append(("place", "right",
+                     "right" if twin and np.hypot(twin.x - o.x, twin.y - o.y) < 0.5 else "off"))
     return rows
 
 
 def measure(pictures, truths):
-    """Share of right facts, share of wholly right pictures, and the confusions: {fact: Counter of (true, read)}."""
+    """Share of right facts, share of wholly right pictures, and the confusions:
+    {fact: Counter of (true, read)}."""
     confusion, right, whole = collections.defaultdict(collections.Counter), [], 0
     for picture, truth in zip(pictures, truths):
         rows = facts_right(truth, read(picture))
@@ -262,7 +277,8 @@ def table(confusion):
 def soften(picture, rng):
     """What a good decoder does: slightly soft edges, slight noise, colours a little off (29 dB)."""
     blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.15)), np.float32)
-    return np.clip(blurred + rng.normal(0, 3, picture.shape) + rng.uniform(-5, 5, 3), 0, 255).round().astype(np.uint8)
+    return np.clip(
+        blurred + rng.normal(0, 3, picture.shape) + rng.uniform(-5, 5, 3), 0, 255).round().astype(np.uint8)
 
 
 def spoil(kind, index, rng):
@@ -299,7 +315,8 @@ def round_trip(folder, pictures, batch=250):
     out = []
     with torch.no_grad():
         for start in range(0, len(pictures), batch):
-            x = data.to_float(torch.from_numpy(np.stack(pictures[start:start + batch])).permute(0, 3, 1, 2), device)
+            x = data.to_float(torch.from_numpy(np.stack(pictures[start:start + batch])).permute(0, 3, 1, 2),
+                              device)
             out += list(data.to_uint8(model.decode(model.encode(x)[0])))
     return out
 
@@ -307,7 +324,8 @@ def round_trip(folder, pictures, batch=250):
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("pictures", nargs="*", help="pictures to read, 64 x 64; without any, the judge is measured")
+    parser.add_argument("pictures", nargs="*",
+                        help="pictures to read, 64 x 64; without any, the judge is measured")
     parser.add_argument("--count", type=int, default=5000, help="true pictures to measure with (5000)")
     parser.add_argument("--model", default="", help="folder with a psvae.pt")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
 """Breaks every equation on purpose, one change at a time, and sees whether that equation's tests go red.
 
-    python notes/mutants.py [--only psvae.py] [--equation 11]       a few minutes; prints survivors, exit code 1 if unexplained
+    python notes/mutants.py [--only psvae.py] [--equation 11]
+        a few minutes; prints survivors, exit code 1 if unexplained
 
-In each function that carries an `# Eq. n` comment: every sign and operator flipped, every term dropped, every number
-changed, every reduction and elementary function exchanged, every keyword argument left out. The changed module is run
-against `test_eq_n_...` of all n in that function, in a fork. A survivor is a missing test, or stands in EXPLAINED with
-the reason why it computes the same thing.
+In each function that carries an `# Eq. n` comment: every sign and operator flipped, every term dropped, every
+number changed, every reduction and elementary function exchanged, every keyword argument left out. The
+changed module is run against `test_eq_n_...` of all n in that function, in a fork. A survivor is a missing
+test, or stands in EXPLAINED with the reason why it computes the same thing.
 """
 
 import argparse
@@ -23,16 +24,29 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-EXCHANGE = {"mean": "sum", "sum": "mean", "sqrt": "abs", "exp": "abs", "abs": "square", "sin": "cos", "cos": "sin",
-            "cumprod": "cumsum", "square": "abs", "gelu": "silu", "mse_loss": "l1_loss", "unflatten": None}
+EXCHANGE = {"mean": "sum", "sum": "mean", "sqrt": "abs", "exp": "abs", "abs": "square", "sin": "cos",
+            "cos": "sin", "cumprod": "cumsum", "square": "abs", "gelu": "silu", "mse_loss": "l1_loss",
+            "unflatten": None}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
              ast.FloorDiv: ast.Mult}
+# (file, function, the change): why it computes the same
 EXPLAINED = {
+    ("psvae", "forward", "recompute(level, x, use_reentrant=False)  ->  without use_reentrant"):
+        "chooses between two implementations of the same recomputation; torch warns where it is left out",
+    ("dit", "noise_schedule", "torch.ones(1, dtype=torch.float64)  ->  without dtype"):
+        "torch.cat with float64 gives float64",
+    ("dit", "timestep_embedding", "torch.arange(d // 2, device=t.device, "
+                                  "dtype=torch.float32)  ->  without device"):
+        "matters on a GPU only",
+    ("dit", "timestep_embedding", "torch.arange(d // 2, device=t.device, "
+                                  "dtype=torch.float32)  ->  without dtype"):
+        "the division by d makes it float32",
 }
 
 
 def functions_with_equations(source: str):
-    """(function node, its equation numbers) for every innermost function or method that has `# Eq. n` comments."""
+    """(function node, its equation numbers) for every innermost function or method
+    that has `# Eq. n` comments."""
     lines, out = source.splitlines(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -47,15 +61,18 @@ def functions_with_equations(source: str):
 def mutations(function: ast.FunctionDef):
     """(path to a node, what is done, replacement) for one change at a time."""
     def visit(node, path, in_annotation=False):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)):
             return                                              # a docstring
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             flipped = copy.deepcopy(node)
             flipped.op = OPERATORS[type(node.op)]()
             yield path, f"{ast.unparse(node)}  ->  {ast.unparse(flipped)}", flipped
             for side in ("left", "right"):
-                yield path, f"{ast.unparse(node)}  ->  {ast.unparse(getattr(node, side))}", getattr(node, side)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+                yield (path, f"{ast.unparse(node)}  ->  {ast.unparse(getattr(node, side))}",
+                       getattr(node, side))
+        if (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+                and not isinstance(node.operand, ast.Constant)):
             yield path, f"{ast.unparse(node)}  ->  {ast.unparse(node.operand)}", node.operand
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             value = node.value * 2 if isinstance(node.value, float) else node.value + 1
@@ -108,9 +125,11 @@ def is_killed(module, tree: ast.Module, numbers: list[int], seconds: int = 120) 
             exec(compile(tree, module.__file__, "exec"), module.__dict__)
             if module.__name__ == "dit":                        # sample.py took these by name
                 import sample
-                sample.__dict__.update({name: module.__dict__[name] for name in ("DiT", "noise_schedule", "normalise")})
+                sample.__dict__.update({name: module.__dict__[name]
+                                        for name in ("DiT", "noise_schedule", "normalise")})
             pattern = " or ".join(f"eq_{n}_" for n in numbers)
-            code = pytest_main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-k", pattern, str(HERE / "test_all.py")])
+            code = pytest_main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-k", pattern,
+                                str(HERE / "test_all.py")])
         os._exit(int(code))
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:
@@ -124,7 +143,8 @@ def is_killed(module, tree: ast.Module, numbers: list[int], seconds: int = 120) 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one file, such as psvae.py")
     parser.add_argument("--equation", type=int, help="one equation")
     args = parser.parse_args()
@@ -133,7 +153,8 @@ def main():
     torch.set_num_threads(1)                                    # threads do not survive a fork
     os.environ["OMP_NUM_THREADS"] = "1"
     import importlib
-    for heavy in ("pytest", "transformers", "sample", "diffusers", "lpips", "numpy.testing", "torch.distributions"):
+    for heavy in ("pytest", "transformers", "sample", "diffusers", "lpips", "numpy.testing",
+                  "torch.distributions"):
         with contextlib.suppress(Exception):                    # loaded once, before the forks
             importlib.import_module(heavy)
     import pytest
@@ -162,12 +183,13 @@ def main():
                         kept += 1
                         survivors.append((name, function.name, what))
                         print(f"  SURVIVED {name}.{function.name}: {what}", flush=True)
-                print(f"{name}.{function.name} (Eq. {', '.join(map(str, numbers))}): {killed} killed, {kept} survived, "
-                      f"{time.monotonic() - begin:.0f} s", flush=True)
+                print(f"{name}.{function.name} (Eq. {', '.join(map(str, numbers))}): {killed} killed, {kept} "
+                      f"survived, {time.monotonic() - begin:.0f} s", flush=True)
             else:
                 print(f"{name}.{function.name}: its tests are red without a change", flush=True)
                 survivors.append((name, function.name, "tests red"))
-    print(f"{tested} mutants: {tested - len(survivors) - explained} killed, {explained} explained, {len(survivors)} unexplained")
+    print(f"{tested} mutants: {tested - len(survivors) - explained} killed, {explained} explained, "
+          f"{len(survivors)} unexplained")
     sys.exit(1 if survivors else 0)
 
 

@@ -1,11 +1,13 @@
 """Learns the two tiny encoders that ship with the repository, with the guide's contrastive loss (Eq. 2).
 
-DINOv2 and T5 are pretrained elsewhere, on much. The tiny preset needs encoders of the same architectures that know the
-built-in world: a discriminative image encoder (DINOv2's, patch 14, 56 px) and a text encoder (T5's), trained together so
-that a picture and its caption meet, and so do an instruction and the pair (source, target) that it turns one into the
-other. The image encoder is never asked to keep pixels: the guide's Problem 2 is to be had here as well.
+DINOv2 and T5 are pretrained elsewhere, on much. The tiny preset needs encoders of the same architectures that
+know the built-in world: a discriminative image encoder (DINOv2's, patch 14, 56 px) and a text encoder (T5's),
+trained together so that a picture and its caption meet, and so do an instruction and the pair (source,
+target) that it turns one into the other. The image encoder is never asked to keep pixels: the guide's Problem
+2 is to be had here as well.
 
-    python notes/pretrain_tiny.py [--steps 1500]      about @TIME@ on 2 cores; writes notes/tiny/{image,text}_encoder
+    python notes/pretrain_tiny.py [--steps 1500]
+        about @TIME@ on 2 cores; writes notes/tiny/{image,text}_encoder
 
 Both are saved in transformers' own format, in half precision, and loaded by the same code as the big ones.
 """
@@ -26,10 +28,12 @@ import data
 D_TEXT, D_SHARED, MAX_TOKENS = 128, 128, 64
 
 
-def contrastive_loss(f: torch.Tensor, f_plus: torch.Tensor, tau: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(f: torch.Tensor, f_plus: torch.Tensor, tau: torch.Tensor,
+                     same: torch.Tensor) -> torch.Tensor:
     """Eq. 2 with sim = cosine, averaged over i: rows i of f and f_plus (B, d) belong together.
 
-    same (B, B) is True where row k is as good a partner for i as i's own (an equal caption): it is no negative.
+    same (B, B) is True where row k is as good a partner for i as i's own (an equal caption):
+    it is no negative.
     """
     sim = F.normalize(f, dim=-1) @ F.normalize(f_plus, dim=-1).T
     sim = sim.masked_fill(same & ~torch.eye(len(f), dtype=torch.bool), -1e4)
@@ -38,18 +42,19 @@ def contrastive_loss(f: torch.Tensor, f_plus: torch.Tensor, tau: torch.Tensor, s
 
 
 def build_tokenizer(texts: list[str], size: int):
-    """A byte-level BPE: every text of any language is some sequence of its tokens and decodes back; no <unk>."""
+    """A byte-level BPE:
+    every text of any language is some sequence of its tokens and decodes back; no <unk>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+        vocab_size=size, special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", model_max_length=10_000,
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>",
+                                   model_max_length=10_000, clean_up_tokenization_spaces=False)
 
 
 class Pair(nn.Module):
@@ -59,7 +64,8 @@ class Pair(nn.Module):
         super().__init__()
         self.image_encoder, self.text_network = image_encoder, text_network
         self.image = nn.Linear(2 * image_encoder.dim, D_SHARED)
-        self.change = nn.Sequential(nn.Linear(2 * D_SHARED, D_SHARED), nn.GELU(), nn.Linear(D_SHARED, D_SHARED))
+        self.change = nn.Sequential(nn.Linear(2 * D_SHARED, D_SHARED), nn.GELU(),
+                                    nn.Linear(D_SHARED, D_SHARED))
         self.text, self.instruction = nn.Linear(D_TEXT, D_SHARED), nn.Linear(D_TEXT, D_SHARED)
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
 
@@ -69,7 +75,8 @@ class Pair(nn.Module):
         return self.image(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], -1))
 
     def words(self, tokens, head):
-        h = self.text_network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        h = self.text_network(input_ids=tokens["input_ids"],
+                              attention_mask=tokens["attention_mask"]).last_hidden_state
         mask = tokens["attention_mask"][..., None].float()
         return head((h * mask).sum(1) / mask.sum(1))
 
@@ -92,12 +99,15 @@ def retrieval(pair: Pair, encoder: data.TextEncoder, pictures: data.Pictures, ca
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128, help="captions a step; a third as many edits besides")
-    parser.add_argument("--count", type=int, default=50_000, help="pictures of the world, if it has to be drawn")
+    parser.add_argument("--batch", type=int, default=128,
+                        help="captions a step; a third as many edits besides")
+    parser.add_argument("--count", type=int, default=50_000,
+                        help="pictures of the world, if it has to be drawn")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
@@ -107,11 +117,12 @@ def main():
     captions, edits = ([row for row in folder.rows if (row[2] >= 0) == edit] for edit in (False, True))
     tokenizer = build_tokenizer([row[1] for row in folder.rows[:30_000]], size=1024)
     torch.manual_seed(0)
-    image_network = Dinov2Model(Dinov2Config(hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=4,
-                                             image_size=56, patch_size=14))
-    text_network = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=D_TEXT, d_ff=256, d_kv=32, num_heads=4,
-                                           num_layers=3, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-                                           pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
+    image_network = Dinov2Model(Dinov2Config(hidden_size=args.width, num_hidden_layers=args.layers,
+                                             num_attention_heads=4, image_size=56, patch_size=14))
+    text_network = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=D_TEXT, d_ff=256, d_kv=32,
+                                           num_heads=4, num_layers=3, feed_forward_proj="gated-gelu",
+                                           dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+                                           decoder_start_token_id=0))
     encoder = data.TextEncoder(text_network, tokenizer, MAX_TOKENS)
     pair = Pair(data.ImageEncoder(image_network), text_network)
     text_network.requires_grad_(True)
@@ -141,7 +152,8 @@ def main():
         nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1} loss {loss.item():.3f} tau {tau.item():.3f} {time.monotonic() - begin:.0f} s", flush=True)
+            print(f"step {step + 1} loss {loss.item():.3f} tau {tau.item():.3f} "
+                  f"{time.monotonic() - begin:.0f} s", flush=True)
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             found = retrieval(pair, encoder, held_pictures, [row for row in held_out.rows if row[2] < 0])
             print(f"  held out: own caption first among 500: {found:.1%}", flush=True)

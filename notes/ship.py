@@ -1,8 +1,10 @@
 """Makes the model that ships: weights in half precision, without optimizer, under notes/tiny/.
 
     python svae.py && python psvae.py
-    python notes/ship.py psvae            rounds the weights of out/psvae.pt in place, and writes notes/tiny/psvae.pt
-    python psvae.py --encode-only         latents of the rounded weights: their fingerprint is that of what ships
+    python notes/ship.py psvae            rounds the weights of out/psvae.pt in place,
+                                          and writes notes/tiny/psvae.pt
+    python psvae.py --encode-only         latents of the rounded weights:
+                                          their fingerprint is that of what ships
     python dit.py
     python notes/ship.py dit              writes notes/tiny/dit.pt: the averaged weights only
 """
@@ -23,7 +25,8 @@ def half(state: dict) -> dict:
 
 @data.program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("psvae", "dit"))
     parser.add_argument("--out", default="out", help="folder of the trained model")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the small file goes")

@@ -1,7 +1,7 @@
 """The built-in world: coloured shapes on a plain background, true captions, edits that change one thing.
 
-A picture of this world can be checked against its prompt by geometry instead of by opinion (judge.py does), needs
-no download, and is the same on every machine: everything is a function of (seed, split, index).
+A picture of this world can be checked against its prompt by geometry instead of by opinion (judge.py does),
+needs no download, and is the same on every machine: everything is a function of (seed, split, index).
 
     python notes/world.py                      draws out/world (50,000 pictures: half a minute on two cores)
     python notes/world.py --sheet sheet.png    only a contact sheet, to look at
@@ -9,7 +9,8 @@ no download, and is the same on every machine: everything is a function of (seed
 What is written is an ordinary folder of images with a metadata.jsonl, as data.py reads any other:
 
     train/metadata.jsonl   {"file_name", "text", "scene"}               a caption: one for every picture
-                           {"file_name", "text", "source", "kind", …}   an edit: source + instruction -> picture
+                           {"file_name", "text", "source", "kind", …}   an edit:
+                                                                         source + instruction -> picture
     val/                   unseen pictures of the same world
     heldout/               pictures that each hold a (colour, shape) pair which training never shows
     world.json             written last: version, count, size, seed
@@ -41,7 +42,8 @@ SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
 # Objects are vivid and backgrounds muted. Neither the average of two backgrounds nor that of an object and a
-# background comes closer than 30 (in RGB) to a palette colour: a half-blended picture can not pass for a clean one.
+# background comes closer than 30 (in RGB) to a palette colour:
+# a half-blended picture can not pass for a clean one.
 COLOURS = {"red": (214, 40, 40), "orange": (255, 136, 20), "yellow": (255, 217, 30), "green": (30, 150, 60),
            "blue": (30, 85, 220), "purple": (130, 45, 165), "black": (16, 16, 18), "white": (250, 250, 250)}
 BACKGROUNDS = {"gray": (142, 146, 148), "beige": (228, 218, 160), "pink": (224, 158, 172),
@@ -106,7 +108,7 @@ def _normals(points):
 def polygon(shape, size, inset=0.0):
     """(corners, 2) around (0, 0), its edges moved inwards by `inset`."""
     if shape == "cross":
-        arm = np.array([(-ARM, -1.0), (ARM, -1.0), (ARM, -ARM)])   # and the corner behind it; turned four times
+        arm = np.array([(-ARM, -1.0), (ARM, -1.0), (ARM, -ARM)])   # and the corner behind; turned four times
         turns = [np.array([(c, s), (-s, c)]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
         points = np.concatenate([arm @ turn for turn in turns])
     else:
@@ -117,7 +119,8 @@ def polygon(shape, size, inset=0.0):
     x, y = points.T
     area = 0.5 * np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))
     points = points * np.sqrt(np.pi * SIZES[size] ** 2 / area)
-    # A corner moves along the sum of its edges' normals, as far as brings both inwards by 1: (n + m) / (1 + n·m).
+    # A corner moves along the sum of its edges' normals, as far as brings both inwards by 1:
+    # (n + m) / (1 + n·m).
     n = _normals(points)
     m = np.roll(n, 1, axis=0)
     return points - inset * (n + m) / (1 + np.sum(n * m, axis=1, keepdims=True))
@@ -176,11 +179,12 @@ def _edges(shape, size, inset):
 def coverage(shape, size, x, y, inset=0.0, scale=1.0):
     """How much of each pixel at (x, y) from the centre a shape covers, 0 to 1; `scale` pixels to the unit.
 
-    All shapes are star-shaped: in every direction from the centre there is just one edge, and within half a pixel
-    of it the cover falls from 1 to 0. That is an antialiased polygon, with neither supersampling nor a loop.
+    All shapes are star-shaped: in every direction from the centre there is just one edge, and within half a
+    pixel of it the cover falls from 1 to 0. That is an antialiased polygon, with neither supersampling nor a
+    loop.
     """
     angles, normal, offset = _edges(shape, size, inset)
-    k = np.searchsorted(angles, np.arctan2(y, x)) - 1   # -1, before the first corner, is the edge that ends there
+    k = np.searchsorted(angles, np.arctan2(y, x)) - 1   # -1, before corner 0: the edge that ends there
     return np.clip(0.5 - scale * (normal[k, 0] * x + normal[k, 1] * y - offset[k]), 0, 1)
 
 
@@ -191,7 +195,8 @@ def draw(scene, size=CANVAS):
     picture[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
         reach = room(o.shape, o.size)[-1] + 1 / scale
-        rows, columns = (slice(max(0, int(scale * (c - reach))), int(scale * (c + reach)) + 1) for c in (o.y, o.x))
+        rows, columns = (slice(max(0, int(scale * (c - reach))), int(scale * (c + reach)) + 1)
+                         for c in (o.y, o.x))
         at = (np.arange(size) + 0.5) / scale
         x, y = np.meshgrid(at[columns] - o.x, at[rows] - o.y)
         alpha = coverage(o.shape, o.size, x, y, scale=scale)
@@ -212,7 +217,8 @@ def holds_out(objects):
 
 
 def pick_look(rng, split, colour=None, shape=None):
-    """A (colour, shape) that the split allows, as far as it is not given; for "heldout" every other is held out."""
+    """A (colour, shape) that the split allows, as far as it is not given;
+    for "heldout" every other is held out."""
     pairs = [p for p in PAIRS if colour in (None, p[0]) and shape in (None, p[1])]
     seen, unseen = [p for p in pairs if p not in HELD_OUT], [p for p in pairs if p in HELD_OUT]
     return choose(rng, unseen if split == "heldout" and unseen and rng.random() < 0.5 else seen or pairs)
@@ -224,7 +230,8 @@ def scene(index, split="train", seed=SEED):
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
     rng = generator("scene", seed, split, index)
-    count, alike = choose(rng, [(1, False), (2, False), (2, True), (3, True), (4, True), (3, False), (4, False)],
+    count, alike = choose(rng,
+                          [(1, False), (2, False), (2, True), (3, True), (4, True), (3, False), (4, False)],
                           p=[0.28, 0.38, 0.08, 0.08, 0.08, 0.06, 0.04])
     background = choose(rng, BACKGROUNDS)
     # "three stars" have the shape in common, and only maybe the rest.
@@ -278,7 +285,8 @@ def looks_like(a, b, told):
 
 
 def caption(scene, rng):
-    """What is in the picture: every object is mentioned, attributes may be left unsaid, nothing said is false."""
+    """What is in the picture: every object is mentioned, attributes may be left unsaid,
+    nothing said is false."""
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     told = pick_told(rng, colour=0.75, size=0.3, style=0.3)
     groups = []   # objects that the same words describe are counted, in words
@@ -334,8 +342,9 @@ def _change(kind, before, split, rng):
     objects = before.objects
     the, chosen, anchor = refer(objects, rng)
 
-    def result(ask, *names, **attributes):   # those that are meant get these attributes; all else stays as it is
-        already = any(getattr(objects[i], name) == value for i in chosen for name, value in attributes.items())
+    def result(ask, *names, **attributes):   # those meant get these attributes; all else stays as it is
+        already = any(getattr(objects[i], name) == value for i in chosen
+                      for name, value in attributes.items())
         if already and kind != "replace":
             return None
         after = tuple(replace(o, **attributes) if i in chosen else o for i, o in enumerate(objects))
@@ -393,10 +402,11 @@ def _change(kind, before, split, rng):
 
 
 def triple(index, split="train", seed=SEED):
-    """Edit number `index`, of the scenes of its own block: (source's index, source, instruction, target, kind)."""
+    """Edit number `index`, of the scenes of its own block:
+    (source's index, source, instruction, target, kind)."""
     rng = generator("edit", seed, split, index)
     sources = [(i, scene(i, split, seed)) for i in range(3 * (index // 2), 3 * (index // 2) + 3)]
-    first = index % len(KINDS)   # the kinds take turns; where none of the three scenes allows one, the next stands in
+    first = index % len(KINDS)   # kinds take turns; where none of three scenes allows one, the next stands in
     for kind in KINDS[first:] + KINDS[:first]:
         for _ in range(30):
             number, before = choose(rng, sources)
@@ -407,7 +417,8 @@ def triple(index, split="train", seed=SEED):
 
 
 def edit(index, split="train", seed=SEED):
-    """Edit number `index` of a split: (source Scene, instruction, target Scene, kind). All else stays as it was."""
+    """Edit number `index` of a split: (source Scene, instruction, target Scene, kind).
+    All else stays as it was."""
     return triple(index, split, seed)[1:]
 
 
@@ -453,13 +464,15 @@ def finished(folder):
 
 
 def write(folder="out/world", count=50_000, edits=True, size=CANVAS, seed=SEED, workers=None):
-    """Draws the world into `folder`. A killed run leaves only `folder`.partial: what bears the name is whole."""
+    """Draws the world into `folder`.
+    A killed run leaves only `folder`.partial: what bears the name is whole."""
     folder = Path(folder)
     about = {"version": VERSION, "count": count, "size": size, "seed": seed, "edits": bool(edits)}
     if folder.exists():
         if finished(folder) == about:
             return folder
-        raise FileExistsError(f"{folder} exists and is not this world (there: {finished(folder)}, asked: {about}); "
+        raise FileExistsError(f"{folder} exists and is not this world (there: "
+                              f"{finished(folder)}, asked: {about}); "
                               "move it away, or write to another --out")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -470,14 +483,15 @@ def write(folder="out/world", count=50_000, edits=True, size=CANVAS, seed=SEED, 
     if workers == 1:
         _write_part(partial, 0, 1, *settings)
     else:
-        # Whole processes of this file: they never import the caller's main module again, as multiprocessing would,
-        # and they end with this one, whose end of the pipe is then closed.
+        # Whole processes of this file: they never import the caller's main module again, as multiprocessing
+        # would, and they end with this one, whose end of the pipe is then closed.
         job = [sys.executable, str(Path(__file__).resolve()), "--part", str(partial)]
         running = [subprocess.Popen([*job, *map(str, (part, workers, *settings))], stdin=subprocess.PIPE)
                    for part in range(workers)]
         failed = [process.args[4] for process in running if process.wait()]
         if failed:
-            raise RuntimeError(f"drawing the world failed in part {', '.join(failed)} of {workers} (see above)")
+            raise RuntimeError(f"drawing the world failed in part {', '.join(failed)} "
+                               f"of {workers} (see above)")
     for split in SPLITS:
         parts = sorted((partial / split).glob("part*.jsonl"))
         (partial / split / "metadata.jsonl").write_bytes(b"".join(part.read_bytes() for part in parts))

@@ -662,7 +662,7 @@ def test_eq_24_h_0_is_linear_of_every_position_plus_pe():
     assert h_0.shape == (2, 4, 12)
 
 
-def test_source_tokens_have_the_same_positions_and_their_own_type():
+def test_eq_24_source_tokens_have_the_same_positions_and_their_own_type():
     model, (z, t, c, mask) = micro_dit(), micro_batch()
     source = randn(2, 2, 2, 3, seed=9).float()
     with_source, plain = first_tokens(model, z, t, c, mask, source), first_tokens(model, source, t, c, mask)
@@ -670,6 +670,8 @@ def test_source_tokens_have_the_same_positions_and_their_own_type():
     same(with_source[:, 4:], plain + model.source_type, 1e-6)
     out = model(z, t, c, mask, source)
     assert out.shape == z.shape and not torch.allclose(out, model(z, t, c, mask), atol=1e-3)
+    z = torch.randn(2, 3, 3, 3)
+    assert dit.DiT(grid=3, z_dim=3, d_text=5, width=12, depth=1, heads=2)(z, t, c, mask, z).shape == z.shape
 
 
 def test_eq_25_timestep_embedding():
@@ -686,7 +688,11 @@ def test_eq_25_its_mlp_is_linear_silu_linear():
     model, t = micro_dit(), torch.tensor([3, 400])
     w, e = weights(model), dit.timestep_embedding(t, 256).numpy()
     t_emb = linear(silu(linear(e, w, "time.0")), w, "time.2")
-    same(model.modulations(t)[-1], linear(silu(t_emb), w, "head_modulation.1"), 1e-4)
+    *blocks, head = model.modulations(t)
+    same(head, linear(silu(t_emb), w, "head_modulation.1"), 1e-4)
+    for i, block in enumerate(blocks):
+        same(block, linear(silu(t_emb), w, f"blocks.{i}.modulation.1"), 1e-4)
+    assert len(blocks) == 2
 
 
 def test_eq_26_text_is_encoded_by_a_frozen_encoder_and_padding_is_never_read(encoders):
@@ -700,6 +706,16 @@ def test_eq_26_text_is_encoded_by_a_frozen_encoder_and_padding_is_never_read(enc
     noisy = torch.where(mask[..., None], c, torch.full_like(c, 1e4))
     same(model(z, t, c, mask), model(z, t, noisy, mask), 1e-6)
     assert not torch.allclose(model(z, t, c, mask), model(z, t, c + 1, mask), atol=1e-4)
+
+
+def test_eq_26_what_is_stored_is_the_embedding_of_each_caption_alone(trained, encoders):
+    rows = [json.loads(line) for line in open(trained / "latents/rows.jsonl", encoding="utf-8")]
+    captions = ["", *sorted({row["text"] for row in rows} - {""})]
+    texts, encoder = dit.Texts(trained / "text", captions), data.load_text_encoder(encoders[1], 24)
+    for caption in captions[:40]:
+        c, mask = encoder([caption])
+        same(texts[texts.index[caption]], c[0][mask[0]], 2e-3)                      # float16
+    assert len(texts.offsets) == len(captions) + 1
 
 
 def test_eq_27_adaln_scales_and_shifts_a_layer_norm_without_weights():
@@ -774,7 +790,7 @@ def test_eq_31_a_fresh_block_is_the_identity_and_a_fresh_dit_predicts_zero():
     assert not dit.DiT(2, 3, 5, 12, 2, 2)(z, t, c, mask).any()
 
 
-def test_the_head_is_adaln_and_linear():
+def test_eq_24_to_31_the_head_is_adaln_and_linear():
     model, (z, t, c, mask) = micro_dit(depth=0), micro_batch()
     w = weights(model)
     h = linear(z.numpy().reshape(2, 4, 3), w, "embed") + w["position"]
@@ -783,7 +799,7 @@ def test_the_head_is_adaln_and_linear():
          1e-4)
 
 
-def test_recomputing_activations_changes_no_gradient():
+def test_eq_24_to_31_recomputing_activations_changes_no_gradient():
     grads = []
     for checkpointing in (False, True):
         model = micro_dit(checkpointing=checkpointing).train()

@@ -327,14 +327,16 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
 
 
 def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
-    """Several folders as one: their images and rows one after another,
-    paths relative to what they have in common."""
+    """Several folders as one: paths relative to what they have in common, a picture in two of them only once."""
     whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
+    index = {}
     for folder in folders:
-        offset = len(whole.images)
-        whole.rows += [(offset + image, text, offset + source if source >= 0 else -1)
+        prefix = os.path.relpath(folder.root, whole.root)
+        names = folder.images if prefix == "." else [os.path.join(prefix, name) for name in folder.images]
+        ids = [index.setdefault(name, len(index)) for name in names]
+        whole.rows += [(ids[image], text, ids[source] if source >= 0 else -1)
                        for image, text, source in folder.rows]
-        whole.images += [os.path.relpath(folder.path(i), whole.root) for i in range(len(folder.images))]
+    whole.images = list(index)
     return whole
 
 
@@ -988,8 +990,9 @@ class Run:
         row |= {f"held_out_{name}": f"{value:.6g}" for name, value in (held_out or {}).items()}
         csv.DictWriter(self.csv, self.columns, restval="", lineterminator="\n").writerow(row)
         self.csv.flush()
+        shown = " ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values)))
 
     def save(self, step: int, learning_rate: float, **parts):
         """Writes out/<stage>.pt after examining every loss so far; only rank 0 writes."""
@@ -1329,7 +1332,7 @@ def main(argv: list[str] | None = None):
     print(f"{train.root}: layout {train.layout}, read in {time.monotonic() - begin:.1f} s")
     for name, part in (("training", train), ("held out", held_out)):
         edits = sum(row[2] >= 0 for row in part.rows)
-        print(f"  {name:9s} {len(part.images):8,} pictures, "
+        print(f"  {name:9s} {part.own or len(part.images):8,} pictures, "
               f"{len(part.rows) - edits:8,} captions, {edits:8,} edits")
     texts = [row[1] for row in train.rows]
     print(f"  captions: {len(set(texts)):,} distinct, {sum(map(len, texts)) / max(1, len(texts)):.0f} "

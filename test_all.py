@@ -1137,6 +1137,23 @@ def test_the_world_is_read_like_any_folder(world):
     assert (held_out.root, held_out.layout) == (world / "val", "metadata")
 
 
+def test_a_held_out_picture_is_never_trained_on_and_its_partner_is_listed_behind_and_encoded_once():
+    names = [f"{i}.png" for i in range(400)]
+    rows = [(i, f"picture {i}", -1) for i in range(400)] + [(i, "change", i - 1) for i in range(1, 400)]
+    train, held_out = data._hold_out(data.Folder(Path("/x"), "metadata", names, rows))
+    own = set(held_out.images[:held_out.own])
+    assert own and not own & set(train.images) and own | set(train.images) == set(names)
+    assert set(held_out.images[held_out.own:]) <= set(train.images)
+    for folder in (train, held_out):
+        for image, text, source in folder.rows:
+            number = int(folder.images[image][:-4])
+            assert text == (f"picture {number}" if source < 0 else "change")
+            assert source < 0 or int(folder.images[source][:-4]) == number - 1
+    whole = data.joined((train, held_out))
+    assert sorted(whole.images) == sorted(names) and len(whole.rows) == len(rows)
+    assert whole.images[:len(train.images)] == train.images
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Hostile and broken data
 # ------------------------------------------------------------------------------------------------------------

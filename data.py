@@ -327,7 +327,7 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
 
 
 def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
-    """Several folders as one: paths relative to what they have in common, a picture in two of them only once."""
+    """Several folders as one: paths relative to their common parent, a picture in two of them only once."""
     whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
     index = {}
     for folder in folders:

@@ -55,7 +55,7 @@ class Config:
 
 PRESETS = {                                 # by the preset of dit.pt
     "full": {},
-    "tiny": dict(guidance=4.0),
+    "tiny": dict(guidance=2.5),
 }
 SHIPPED = data.HERE / "notes/tiny"
 

@@ -7,7 +7,7 @@ target) that it turns one into the other. The image encoder is never asked to ke
 2 is to be had here as well.
 
     python notes/pretrain_tiny.py [--steps 1500]
-        about @TIME@ on 2 cores; writes notes/tiny/{image,text}_encoder
+        25 minutes on 2 cores; writes notes/tiny/{image,text}_encoder
 
 Both are saved in transformers' own format, in half precision, and loaded by the same code as the big ones.
 """

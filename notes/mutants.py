@@ -1,7 +1,7 @@
 """Breaks every equation on purpose, one change at a time, and sees whether that equation's tests go red.
 
     python notes/mutants.py [--only psvae.py] [--equation 11]
-        a few minutes; prints survivors, exit code 1 if unexplained
+        ten minutes on one core; exit code 1 if a survivor is unexplained
 
 In each function that carries an `# Eq. n` comment: every sign and operator flipped, every term dropped, every
 number changed, every reduction and elementary function exchanged, every keyword argument left out. The

@@ -237,8 +237,8 @@ def main(argv: list[str] | None = None):
         if not prompt.strip():
             print("an empty prompt: the null condition, whatever the model likes to draw")
         if pipeline.text_encoder.is_cut(prompt):
-            print(f"the prompt is longer than {pipeline.text_encoder.max_tokens} tokens; "
-                  f"what follows is not read: {prompt[:60]}…")
+            print(f"a prompt is longer than {pipeline.text_encoder.max_tokens} tokens; the rest of "
+                  f"it is not read (it begins: {prompt[:60]}…)")
     if cfg.image:
         if not pipeline.edits:
             raise data.UserError(f"--image: the model in {folder} was trained without edits. Rows with a "

@@ -2158,7 +2158,7 @@ def test_a_long_prompt_is_cut_and_an_empty_one_is_the_null_condition_and_both_ar
                                                                                        capsys):
     argv = ["-n", "1", "--steps", "1", "--model", str(trained), "--out", str(tmp_path / "x.png")]
     assert sample.main([*argv, "--prompt", "word " * 400]) == 0
-    assert "longer than 24 tokens; what follows is not read" in capsys.readouterr().out
+    assert "longer than 24 tokens; the rest of it is not read" in capsys.readouterr().out
     assert sample.main([*argv, "--prompt", " "]) == 0
     assert "an empty prompt: the null condition" in capsys.readouterr().out
     assert sample.main([*argv, "--prompt", "\udcff is no unicode"]) == 0

@@ -266,7 +266,7 @@ class DiT(nn.Module):
         return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb)]
 
     def keys_values(self, c: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """All that depends on the text alone: (K, V) for each block. sample.py computes it once a prompt."""
+        """All that depends on the text alone: (K, V) for each block; sampling needs it once for all steps."""
         c = self.text(c)                                                    # (B, L, D)
         return [block.cross.keys_values(c) for block in self.blocks]
 

@@ -139,7 +139,7 @@ def ddim(dit: DiT, z_T, c, mask, alpha_bar, times, s, s_image=1.0, eta=0.0, sour
     One generator a picture draws its noise (eta > 0), so that a picture does not depend on its neighbours.
     `film`, a list, receives (t, predicted z_0) of each step.
     """
-    keys_values = dit.keys_values(c)                                        # once a prompt
+    keys_values = dit.keys_values(c)                                        # once for all steps
     modulations = dit.modulations(torch.tensor(times[:-1], device=z_T.device))      # once for all times
     z_t = z_T
     for i, (t, t_prev) in enumerate(zip(times, times[1:])):

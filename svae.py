@@ -9,7 +9,7 @@ Eq. 4 to 11, as numbered in notes/equations.md; "the guide" is docs/architecture
 
     x (B,3,256,256) in [-1, 1] --E, frozen--> f (B,16,16,1024) --Projector--> mu, log_var (B,16,16,96)
                                               |                                    | z = mu + sigma * eps
-                                              '------ MSE ------ f_hat <--SemanticDecoder--'
+                                              '---- MSE ---- f_hat <--SemanticDecoder'
 
     python svae.py                        the built-in world, tiny preset, 2.4 minutes on 2 CPU cores
     python svae.py --data ./imagenet      DINOv2-L on one CUDA GPU

@@ -35,7 +35,11 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
+import typing
+import urllib.parse
+import urllib.request
 import warnings
 import zlib
 from dataclasses import dataclass, field, fields
@@ -97,10 +101,13 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
     """
     if not name:
         top = Path(out) / "world"
-        if os.environ.get("RANK", "0") == "0" and not (top / "world.json").exists():
-            _draw_world(top, count)
+        if os.environ.get("RANK", "0") == "0":
+            if not (top / "world.json").exists():
+                _draw_world(top, count)
+            elif (there := read_json(top / "world.json").get("count")) != count != 50_000:
+                print(f"{top} is there, with {there} pictures: --count {count} does nothing", flush=True)
         if torch.distributed.is_initialized():         # the other ranks wait for the one that draws
-            torch.distributed.barrier()
+            together(torch.distributed.barrier)
     else:
         top = Path(name).expanduser()
     if not top.exists():
@@ -111,6 +118,10 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
                         f"(`python data.py --help` says which).")
     inner = [top / "train", top / "ILSVRC/Data/CLS-LOC/train"]
     root = next((path for path in inner if path.is_dir()), top)
+    for path in (root, root.parent / "val"):
+        if root != top and path.is_dir() and not _is_inside(path, top):
+            raise UserError(f"{path} is a link that leaves {top}. Nothing outside --data is read: put the "
+                            f"folder itself there.")
     train = _read_layout(root, top)
     if root != top and (root.parent / "val").is_dir():
         held_out = _read_layout(root.parent / "val", top)
@@ -162,12 +173,16 @@ def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
                 stack.append(name)
             elif link and entry.is_dir():
                 refused.append(f"{name!r}: a link to a folder")        # it could be a loop
-            elif suffix in SUFFIXES:
-                images.add(name) if link or entry.is_file() else refused.append(
-                    f"{name!r}: neither file nor folder")
-            elif suffix == ".txt":
-                texts.add(name)
+            elif suffix in SUFFIXES or suffix == ".txt":
+                if entry.is_file():                    # no pipe, which would hang the run; no broken link
+                    (texts if suffix == ".txt" else images).add(name)
+                else:
+                    refused.append(f"{name!r}: neither file nor folder")
     return images, texts, refused
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 
 def _read_layout(root: Path, top: Path) -> Folder:
@@ -269,8 +284,8 @@ def _unicode(text: str) -> str:
 def _class_titles(top: Path) -> dict[str, str]:
     """ImageNet's wnid -> first name, from Kaggle's LOC_synset_mapping.txt or the copy in notes/."""
     for path in (top / "LOC_synset_mapping.txt", HERE / "notes/imagenet_names.txt"):
-        if path.is_file():
-            lines = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines()
+        if path.is_file() and (_is_inside(path, top) or path.parent != top):
+            lines = (line.split(" ", 1) for line in path.read_text("utf-8", errors="replace").splitlines()
                      if " " in line)
             return {wnid: names.split(",")[0].strip() for wnid, names in lines}
     return {}
@@ -278,11 +293,11 @@ def _class_titles(top: Path) -> dict[str, str]:
 
 def _imagenet_val_titles(top: Path) -> dict[str, str]:
     path, titles = top / "LOC_val_solution.csv", _class_titles(top)
-    if not path.is_file():
+    if not path.is_file() or not _is_inside(path, top):
         return {}
-    with open(path, newline="") as lines:
-        return {row["ImageId"]: titles.get(row["PredictionString"].split()[0], "")
-                for row in csv.DictReader(lines)}
+    with open(path, encoding="utf-8", errors="replace", newline="") as lines:
+        return {row["ImageId"]: titles.get(row["PredictionString"].split(" ")[0], "")
+                for row in csv.DictReader(lines) if row.get("ImageId") and row.get("PredictionString")}
 
 
 def open_image(path: str, draft: int = 0) -> Image.Image:
@@ -478,9 +493,13 @@ def load_image_encoder(name: str) -> ImageEncoder:
 def build_image_encoder(description: dict) -> ImageEncoder:
     """The same architecture without its weights, for a checkpoint that brings them."""
     from transformers import AutoConfig, AutoModel
-    settings = {name: value for name, value in description.items() if name != "model_type"}
-    return ImageEncoder(AutoModel.from_config(AutoConfig.for_model(description["model_type"], **settings),
-                                              dtype=torch.float32))
+    try:
+        settings = {name: description[name] for name in ARCHITECTURE if name in description}
+        if any(isinstance(value, (int, float)) and not 0 <= value <= 65536 for value in settings.values()):
+            raise ValueError("a size out of range")
+        return ImageEncoder(AutoModel.from_config(AutoConfig.for_model(**settings), dtype=torch.float32))
+    except Exception as error:                         # transformers raises nearly anything on rubbish
+        raise UserError(f"the encoder's description in the checkpoint does not fit ({_first_line(error)}).")
 
 
 class TextEncoder:
@@ -522,9 +541,9 @@ class TextEncoder:
 
 def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEncoder:
     """A T5 by hub name or local folder: bf16 on CUDA (fp16 overflows in its feed-forward), fp32 on a CPU."""
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    network = _load_pretrained(T5EncoderModel, name, ("t5", "mt5", "umt5"), dtype)
+    network = _load_pretrained(AutoModelForTextEncoding, name, ("t5", "mt5", "umt5"), dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(_local(name), local_files_only=True)
     except Exception as error:
@@ -598,12 +617,22 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def _online(timeout: float = 3.0) -> bool:
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout).close()
-        return True
-    except OSError:
-        return False
+def _online(timeout: float = 2.0) -> bool:
+    """Whether the hub answers (or its mirror HF_ENDPOINT, or the proxy on the way to it).
+    Asked in a thread: looking up a name knows no timeout, and a name can have eight addresses to try."""
+    proxy, mirror = urllib.request.getproxies().get("https"), os.environ.get("HF_ENDPOINT")
+    url, answers = proxy or mirror or "https://huggingface.co", []
+    parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+
+    def ask():
+        with contextlib.suppress(OSError, ValueError):
+            port = parts.port or (80 if parts.scheme == "http" else 443)
+            socket.create_connection((parts.hostname, port), timeout).close()
+            answers.append(True)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(answers)
 
 
 def load_lpips(device) -> nn.Module:
@@ -708,6 +737,8 @@ def load(path: Path, stage: str, before: str = "") -> dict:
         raise UserError(f"{path} has format {checkpoint['format']}; this code reads format {FORMAT}.")
     if checkpoint.get("stage") != stage:
         raise UserError(f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; needed: {stage!r}.")
+    if isinstance(checkpoint.get("step"), int) and checkpoint["step"] < 0:
+        raise UserError(f"{path}: step is {checkpoint['step']}. Restore it, or start over with --fresh.")
     checkpoint = Checkpoint(checkpoint, path=path)
     for key, kind in (("config", dict), ("model", dict), ("step", int), ("versions", dict)):
         if not isinstance(checkpoint[key], kind):
@@ -730,10 +761,15 @@ def load_weights(module: nn.Module, state: dict, path: Path):
     """Loads weights, all of them, of the right shapes and finite;
     half precision comes back as the module's own."""
     own = module.state_dict()
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: its weights are no dict. Restore it, or start over with --fresh.")
     for what, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
-        if keys:
-            raise UserError(f"{path} {what} weights: {len(keys)}, the first {min(keys)}. It was made with "
-                            f"other code or another transformers (here {versions()['transformers']}).")
+        if keys:                                       # transformers renames a network's parts now and then
+            made = torch.load(path, weights_only=True, mmap=True).get("versions", {}).get("transformers")
+            first = min(keys, key=str)
+            raise UserError(f"{path} {what} weights: {len(keys)}, the first {first}. It was made "
+                            f"with other code or another transformers (then {made}, here "
+                            f"{versions()['transformers']}).")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or value.shape != own[key].shape:
             raise UserError(f"{path}: {key} is {tuple(getattr(value, 'shape', ()))}, the model needs "
@@ -755,6 +791,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
     """Loads the moments, of the right shapes and finite:
     a fused AdamW would read past the end of a short one."""
     settings = [set(group) for group in optimizer.param_groups]
+    ours = [{name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -769,6 +807,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
             raise UserError(f"{path}: its optimizer holds NaN or infinite values.")
     if not fits:
         raise UserError(f"{path}: its optimizer does not fit the model.")
+    for group, own in zip(optimizer.param_groups, ours):
+        group.update(own)                              # rates and betas come from the configuration
 
 
 def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
@@ -817,6 +857,42 @@ def free_space(path: Path, needed: int, what: str):
         raise UserError(f"{what} need {human(needed)}, {path} has {human(free)} free.")
 
 
+def new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new float16 .npy, to be filled through memory. Its room is taken at once: a disk that fills up under
+    such an array later kills the process (SIGBUS) instead of raising an error. Raises UserError."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):         # macOS has none
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            path.unlink(missing_ok=True)
+            raise UserError(f"{path} could not be written ({_first_line(error)}): it needs "
+                            f"{human(2 * math.prod(shape))}. Make room, and run the same command again.")
+        raise
+    return array
+
+
+def replace_folder(new: Path, path: Path):
+    """Puts a folder in the place of another: what bears the name is whole, or it is not there."""
+    old = path.with_name(path.name + ".old")
+    remove_folder(old)
+    if path.exists():
+        os.rename(path, old)
+    os.replace(new, path)
+    remove_folder(old)
+
+
+def read_json(path: Path) -> dict:
+    """A small file of our own, {} where it is missing or damaged: then it is made again."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
 def human(size: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
@@ -856,7 +932,9 @@ class Run:
         torch.set_float32_matmul_precision("high")     # TF32 where the card has it
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16,
                                                enabled=cfg.precision == "bf16")
-        self.pending, self.broken, self.stop = [], {}, 0
+        self.flops, self.peak = 0.0, peak_flops(self.device, cfg.precision)
+        self.pending, self.broken = [], {}
+        self.stop, self.stepping = 0, False            # a signal's number; whether one waits for a step's end
         self.lock = take_lock(self.out, stage) if self.main else None
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):      # not in the main thread: a caller's business
@@ -888,13 +966,13 @@ class Run:
         if self.world > 1:
             tensors = [t for t in tensors if t is not None]
             flat = torch.cat([t.reshape(-1) for t in tensors]) / self.world
-            torch.distributed.all_reduce(flat)
+            together(torch.distributed.all_reduce, flat)
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 tensor.copy_(part.view_as(tensor))
 
     def barrier(self):
         if self.world > 1:
-            torch.distributed.barrier()
+            together(torch.distributed.barrier)
 
     # -- the training data of a step
 
@@ -927,16 +1005,37 @@ class Run:
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = f"{self.folder.images[index]!r}: {reason}"
-                self.say(f"cannot read {self.broken[index]}")
+                tqdm.write(f"cannot read {self.broken[index]}")          # every rank names its own
         if broken:
             tolerate(list(self.broken.values()), len(self.folder.images), self.cfg.max_broken, "pictures")
 
     # -- what is logged
 
+    def count_flops(self, model: nn.Module, loss, share: float = 1.0):
+        """Counts the model FLOPs of a step, forward and backward, for the utilisation in the progress line.
+
+        loss() is the loss of one picture: all here grows with the batch. Not compiled yet, and in eval mode:
+        what is recomputed to save memory is no model FLOP. share: of the steps that are of this kind.
+        """
+        if not self.peak:
+            return
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+        model.eval()
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), self.autocast():
+            torch.autograd.grad(loss(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        model.train()
+        self.flops += share * counter.get_total_flops() * self.cfg.batch / self.world
+
     def open_log(self, start: int, pending: torch.Tensor | None = None, held_out: tuple[str, ...] = ()):
         """Opens out/<stage>.csv, cut back to step `start`, and the progress bar."""
         self.columns = ("step", "learning_rate", *self.terms, *(f"held_out_{name}" for name in held_out))
+        if pending is not None and (not isinstance(pending, torch.Tensor)
+                                    or pending.shape[1:] != (len(self.terms),)):
+            raise UserError(f"{self.out / self.stage}.pt: pending does not fit. Restore it, or start over "
+                            f"with --fresh.")
         self.pending = list(pending.to(self.device)) if pending is not None else []
+        self.stepping = True
         if not self.main:
             return
         path, kept = self.out / f"{self.stage}.csv", []
@@ -949,7 +1048,7 @@ class Run:
                                     lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
-        self.csv = open(path, "a", newline="")
+        self.csv, self.clock = open(path, "a", newline=""), time.monotonic()
         self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.stage, dynamic_ncols=True,
                         smoothing=0.05,
                         mininterval=0.5 if sys.stderr.isatty() else 30)         # a log file wants fewer lines
@@ -991,6 +1090,9 @@ class Run:
         csv.DictWriter(self.csv, self.columns, restval="", lineterminator="\n").writerow(row)
         self.csv.flush()
         shown = " ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        if self.flops and held_out is None:            # model-FLOPs utilisation since the last line
+            shown += f" mfu {self.flops * (step - self.bar.n) / seconds / self.peak:.0%}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -1016,19 +1118,20 @@ class Run:
         if step % 10:
             return False
         flag = torch.tensor([float(self.stop)], device=self.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        together(torch.distributed.all_reduce, flag, torch.distributed.ReduceOp.MAX)
         self.stop = int(flag.item())
         return bool(self.stop)
 
     def _signal(self, number, _):
-        if self.stop:                                  # a second Ctrl-C does not wait for the step
-            raise KeyboardInterrupt
+        if self.stop or not self.stepping:             # a second one does not wait for the step, nor does one
+            raise KeyboardInterrupt(number)            # while networks, captions or folders are still read
         self.stop = number
         print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
 
     def close(self):
-        if self.main and hasattr(self, "csv"):
+        if hasattr(self, "bar"):                       # also after an error, whose line follows
             self.bar.close()
+        if hasattr(self, "csv"):
             self.csv.close()
         if self.lock:
             self.lock.close()
@@ -1038,6 +1141,15 @@ class Run:
 
     def __exit__(self, *_):
         self.close()
+
+
+def together(collective, *args):
+    """A collective of all ranks. Where another has died it raises UserError, instead of a library's words."""
+    try:
+        return collective(*args)
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended ({_first_line(error)[:160]}). Run the same "
+                        f"command again: it goes on from the last checkpoint.")
 
 
 def take_lock(out: Path, stage: str):
@@ -1052,8 +1164,12 @@ def take_lock(out: Path, stage: str):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) and "lock" in locals():
-            lock.seek(0)
-            raise UserError(f"{out} is in use by another {stage}.py (process {lock.read().strip()}). "
+            for _ in range(40):                        # it may have the lock and not yet have signed
+                lock.seek(0)
+                if owner := lock.read().strip():
+                    break
+                time.sleep(0.05)
+            raise UserError(f"{out} is in use by another {stage}.py (process {owner}). "
                             f"Wait for it, or choose another --out.")
         raise UserError(f"--out {out} cannot be written: {error.strerror}.")
     lock.truncate(0)
@@ -1070,6 +1186,19 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda":
         torch.cuda.set_device(local_rank)
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+# bf16 products with fp32 sums, dense, in TFLOP/s, from NVIDIA's data sheets; the first that fits
+PEAK = {"Laptop": 0, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835,
+        "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+        "RTX 4090": 165, "RTX 3090": 71}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s that a card can reach, 0 where that is not known: then no utilisation is shown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
+    words = f" {name.replace('-', ' ')} "
+    return next((peak * 1e12 for card, peak in PEAK.items() if f" {card} " in words), 0.0)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -1139,16 +1268,26 @@ def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | N
                 raise UserError(f"{flag(name)} {value} contradicts the checkpoint, which has {flag(name)} "
                                 f"{saved[name]}. Leave the flag out to go on with it, "
                                 f"or start over with --fresh.")
-        try:
-            return Config(**saved | typed | {"fresh": False})
-        except TypeError as error:
-            raise UserError(f"the configuration in the checkpoint does not fit ({_first_line(error)}). "
-                            f"Start over with --fresh.")
+        check_types(Config, saved)
+        return Config(**saved | typed | {"fresh": False})
+    check_types(Config, inherited or {})
     values = (inherited or {}) | typed
     preset = values.get("preset") or ("full" if values.get("data") else "tiny")
     if preset not in presets:
         raise UserError(f"--preset {preset}: allowed are {', '.join(presets)}.")
     return Config(**presets[preset] | values | {"preset": preset})
+
+
+def check_types(Config, values: dict):
+    """Raises UserError where a value out of a checkpoint has another type than its field."""
+    for f in fields(Config):
+        kind, several = (typing.get_args(f.type)[0], True) if typing.get_origin(f.type) else (f.type, False)
+        value = values.get(f.name, f.default)
+        kind = (int, float) if kind is float else kind
+        if isinstance(value, tuple) != several or not all(
+                isinstance(one, kind) for one in (value if several else (value,))):
+            raise UserError(f"the configuration in the checkpoint does not fit: {flag(f.name)} is "
+                            f"{str(value)[:60]}. Restore it, or start over with --fresh.")
 
 
 def check(cfg, **ranges: tuple[float, float]):
@@ -1168,7 +1307,7 @@ def check_choice(cfg, **choices: tuple[str, ...]):
 
 def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path) -> dict:
     """What a stage takes over from the config of the one before it, unless typed; said in one line."""
-    taken = {name: parent[name] for name in names if name not in typed} if parent else {}
+    taken = {name: parent[name] for name in names if name not in typed and name in parent} if parent else {}
     if taken:
         shown = ", ".join(f"{name} {value if value != '' else 'built-in world'}"
                           for name, value in taken.items())
@@ -1217,8 +1356,8 @@ def program(main):
             return 2
         except Stopped as stopped:
             return 128 + stopped.args[0]
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as interrupt:
+            return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         except OSError as error:                       # a full disk, no permission, a disk that is gone
             print(f"error: {_first_line(error)}", file=sys.stderr, flush=True)
             return 2

@@ -25,7 +25,6 @@ colours follow the prompt, shapes not yet.
 import contextlib
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,7 @@ def adaln(h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Ten
     """Eq. 27: h (B, N, D), gamma, beta (B, 1, D).
     LayerNorm has no weights of its own: gamma and beta are these."""
     # Eq. 27: AdaLN(h) = gamma * LayerNorm(h) + beta, gamma and beta from an MLP of t_emb
-    return gamma * F.layer_norm(h, h.shape[-1:]) + beta
+    return torch.addcmul(beta, gamma, F.layer_norm(h, h.shape[-1:]))       # beta + gamma * ..., in one pass
 
 
 class SelfAttention(nn.Module):
@@ -221,10 +220,10 @@ class DiTBlock(nn.Module):
     def forward(self, h: torch.Tensor, modulation: torch.Tensor, k, v, mask) -> torch.Tensor:
         (scale_1, beta_1, gate_1, scale_2, beta_2, gate_2,
          scale_3, beta_3, gate_3) = modulation.unflatten(-1, (9, 1, -1)).unbind(1)          # (B, 1, D) each
-        # Eq. 31: h = h + gate * Block(h)
-        h = h + gate_1 * self.attention(adaln(h, 1 + scale_1, beta_1))
-        h = h + gate_2 * self.cross(adaln(h, 1 + scale_2, beta_2), k, v, mask)
-        h = h + gate_3 * self.ffn(adaln(h, 1 + scale_3, beta_3))
+        # Eq. 31: h = h + gate * Block(h), addcmul: in one pass over memory
+        h = torch.addcmul(h, gate_1, self.attention(adaln(h, 1 + scale_1, beta_1)))
+        h = torch.addcmul(h, gate_2, self.cross(adaln(h, 1 + scale_2, beta_2), k, v, mask))
+        h = torch.addcmul(h, gate_3, self.ffn(adaln(h, 1 + scale_3, beta_3)))
         return h
 
 
@@ -377,7 +376,7 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
     folder = run.out / "text"
     key = {"captions": data.digest_of(captions), "encoder": data.stamp(cfg.text_encoder),
            "max_tokens": cfg.max_tokens}
-    meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").exists() else {}
+    meta = data.read_json(folder / "meta.json")
     if run.main and any(meta.get(name) != value for name, value in key.items()):
         work = run.out / "text.partial"
         data.remove_folder(work)
@@ -388,8 +387,7 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
                         f"embeddings of {len(captions):,} distinct captions")
         if cut:
             run.say(f"{cut:,} captions are longer than {cfg.max_tokens} tokens and were cut (--max-tokens)")
-        array = np.lib.format.open_memmap(work / "embeddings.npy", "w+", np.float16,
-                                          (sum(lengths), encoder.dim))
+        array = data.new_array(work / "embeddings.npy", (sum(lengths), encoder.dim))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         by_length = sorted(range(len(captions)), key=lengths.__getitem__)   # equal lengths need no padding
         for start in data.tqdm(range(0, len(captions), 256), desc="texts", mininterval=1):
@@ -401,9 +399,8 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
         array.flush()
         np.save(work / "offsets.npy", offsets)
         (work / "meta.json").write_text(json.dumps(key | {"fingerprint": encoder.fingerprint()}))
-        data.remove_folder(folder)
-        os.replace(work, folder)
-        del encoder
+        data.replace_folder(work, folder)
+        del encoder                                    # a T5-XXL is 9 GB: gone before there is a DiT
         torch.cuda.empty_cache()
     run.barrier()
     return Texts(folder, captions)
@@ -439,9 +436,11 @@ def averaged(model: DiT, ema: dict[str, torch.Tensor]):
     """Inside the block the model has its averaged weights and is in eval mode."""
     raw = {name: value.detach().clone() for name, value in model.state_dict().items()}
     model.load_state_dict(ema)
-    yield model.eval()
-    model.load_state_dict(raw)
-    model.train()
+    try:
+        yield model.eval()
+    finally:
+        model.load_state_dict(raw)
+        model.train()
 
 
 def held_out_batch(run: data.Run, latents: Latents, rows: list[int], mean, variance, most: int = 64):
@@ -498,9 +497,23 @@ def build(config: dict, shape: dict) -> DiT:
 def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
     """The averaged model of a checkpoint, in eval mode, and the checkpoint."""
     checkpoint = data.load(path, "dit", before="python dit.py")
-    model = build(checkpoint["config"], checkpoint["shape"])
+    cfg, shape = data.configure(Config, PRESETS, {}, saved=checkpoint["config"]), checkpoint["shape"]
+    most = {"grid": 256, "z_dim": 65536, "d_text": 65536}
+    if not (isinstance(shape, dict)
+            and all(isinstance(shape.get(name), int) and 0 < shape[name] <= most[name] for name in most)
+            and are_statistics(checkpoint["mean"], checkpoint["variance"], shape["z_dim"])):
+        raise data.UserError(f"{path}: shape, mean or variance does not fit. Restore it, or train it again: "
+                             f"python dit.py --fresh")
+    model = build(data.plain(cfg), shape)
     data.load_weights(model, checkpoint["ema"], path)
     return model.eval().requires_grad_(False).to(device), checkpoint
+
+
+def are_statistics(mean, variance, z_dim: int) -> bool:
+    """Whether these are the finite mean and positive variance of z_dim channels."""
+    return all(isinstance(part, list) and len(part) == z_dim
+               and all(isinstance(v, float) and math.isfinite(v) for v in part) for part in (mean, variance)
+               ) and min(variance) > 0
 
 
 def train(cfg: Config, checkpoint: dict | None, meta: dict):
@@ -532,13 +545,18 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
         alpha_bar = noise_schedule(cfg.T, cfg.beta_start, cfg.beta_end, cfg.schedule).to(run.device)
         mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
-        if cfg.compile and run.device.type == "cuda":
-            model.compile()
         held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
         held_out = {prefix: held_out_batch(run, latents, rows, mean, variance)
                     for prefix, rows in held_out.items() if rows}
         if not latents.rows(True, False) and not latents.rows(True, True):
             run.say("no held-out pictures: the columns held_out_… are of training pictures")
+        share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
+        for prefix, (z_0, *rest) in held_out.items():
+            z_t, c, mask, source = (None if part is None else part[:1] for part in (z_0, *rest))
+            one = z_t, torch.ones(1, device=run.device), c, mask, source
+            run.count_flops(model, lambda: model(*one).sum(), share if prefix else 1 - share)
+        if cfg.compile and run.device.type == "cuda":
+            model.compile()
         run.open_log(start, checkpoint and checkpoint["pending"],
                      held_out=tuple(f"{prefix}q{quarter}" for prefix in held_out for quarter in (1, 2, 3, 4)))
 
@@ -603,6 +621,8 @@ def read_meta(out: Path) -> dict:
         meta = json.loads(path.read_text())
         if meta["format"] != data.FORMAT:
             raise data.UserError(f"{path} has format {meta['format']}; this code reads format {data.FORMAT}.")
+        if not are_statistics(meta["mean"], meta["variance"], meta["z_dim"]):
+            raise ValueError
         return {key: meta[key]
                 for key in ("fingerprint", "preset", "latents", "grid", "z_dim", "mean", "variance")}
     except FileNotFoundError:
@@ -649,7 +669,7 @@ def main(argv: list[str] | None = None):
                              f"them again: python psvae.py --encode-only")
     if checkpoint and checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
         raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than {out}/latents "
-                             f"({checkpoint['psvae_fingerprint'][:12]} and {meta['fingerprint'][:12]}). "
+                             f"({str(checkpoint['psvae_fingerprint'])[:12]} and {meta['fingerprint'][:12]}). "
                              f"Start over with --fresh.")
     inherited = data.inherit(None if checkpoint else meta, ("preset",), typed, out / "latents")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])

@@ -28,7 +28,6 @@ shapes are blobs until 26 dB or so.
 import copy
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +98,8 @@ class Config:
 
 PRESETS = {
     "full": {},
-    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(64, 64, 48, 24),
-                 lpips_weight=0.0, steps=4800, batch=16, learning_rate=1e-3, encoder_lr_scale=0.5, warmup=50,
+    "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
+                 lpips_weight=0.0, steps=8000, batch=16, learning_rate=5e-4, encoder_lr_scale=1.0, warmup=50,
                  precision="fp32", compile=False, workers=0, log_every=20, eval_every=400, save_every=400),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")       # from svae.pt, unless typed
@@ -182,6 +181,8 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(group_norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1),
                                   group_norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
+        nn.init.zeros_(self.body[-1].weight)                # a fresh block is the identity: 0.9 dB ahead
+        nn.init.zeros_(self.body[-1].bias)                  # after the first 300 steps (notes/LOG.md)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.body(x)
@@ -259,9 +260,8 @@ class PSVAE(nn.Module):
 def load_psvae(path: Path, device="cpu") -> tuple[PSVAE, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint."""
     checkpoint = data.load(path, "psvae", before="python psvae.py")
-    config = checkpoint["config"]
-    model = PSVAE(data.build_image_encoder(checkpoint["encoder_description"]), config["z_dim"],
-                  tuple(config["widths"]))
+    cfg = data.configure(Config, PRESETS, {}, saved=checkpoint["config"])
+    model = PSVAE(data.build_image_encoder(checkpoint["encoder_description"]), cfg.z_dim, cfg.widths)
     data.load_weights(model, checkpoint["model"], path)
     return model.eval().requires_grad_(False).to(device), checkpoint
 
@@ -474,11 +474,11 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
         elif stage_1:
             data.check_encoder(encoder_fingerprint, stage_1, cfg.encoder)
             load_stage_1(model, stage_1, run)
-        if run.device.type == "cuda":
-            model.pixel_decoder.to(memory_format=torch.channels_last)
-            if cfg.compile:
-                for part in (frozen_encoder, model.encoder, model.pixel_decoder):
-                    part.compile()
+        run.count_flops(model, lambda: loss_of_one_picture(model, frozen_encoder, cfg, lpips))
+        model.pixel_decoder.to(memory_format=torch.channels_last)      # the faster layout, on a CPU too
+        if cfg.compile and run.device.type == "cuda":
+            for part in (frozen_encoder, model.encoder, model.pixel_decoder):
+                part.compile()
         run.open_log(start, checkpoint and checkpoint["pending"], held_out=(*terms, "psnr"))
         x_held_out = run.held_out(held_out, cfg.image_size)
 
@@ -526,6 +526,13 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
         run.say(f"finished: {run.out / 'psvae.pt'}, {run.out / 'psvae.csv'}, {run.out / 'psvae.png'}")
 
 
+def loss_of_one_picture(model: PSVAE, frozen_encoder, cfg: Config, lpips) -> torch.Tensor:
+    """A blank one: only the FLOPs of its loss are of interest."""
+    x = torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=model.projector.mu.weight.device)
+    x_hat, f_hat, mu, log_var = model(x, x.new_zeros(()))
+    return psvae_loss(x_hat, x, f_hat, frozen_encoder(x), mu, log_var, cfg, lpips)["loss"]
+
+
 def load_stage_1(model: PSVAE, stage_1: dict, run: data.Run):
     """Stage 2 starts from stage 1's projector and semantic decoder; the pixel decoder starts fresh."""
     for part in ("projector", "semantic_decoder"):
@@ -558,18 +565,17 @@ def write_latents(cfg: Config):
         run.folder = data.joined(folders)
         mark = {"fingerprint": model.fingerprint(), "data": cfg.data, "latents": cfg.latents,
                 "format": data.FORMAT, "rows": data.digest_of([run.folder.images, run.folder.rows])}
-        if (final / "meta.json").exists() and not cfg.encode_only:
-            meta = json.loads((final / "meta.json").read_text())
-            if all(meta.get(key) == value for key, value in mark.items()):
-                return run.say(f"{final} is complete: {meta['count']:,} pictures. Next: python dit.py")
+        meta = {} if cfg.encode_only else data.read_json(final / "meta.json")
+        if all(meta.get(key) == value for key, value in mark.items()):
+            return run.say(f"{final} is complete: {meta['count']:,} pictures. Next: python dit.py")
         count, side = len(run.folder.images), cfg.image_size // 16
         shape, names = (count, side, side, cfg.z_dim), ("mu", "log_var") if cfg.latents == "both" else ("mu",)
         if run.main:
-            if not (work / "mark.json").exists() or json.loads((work / "mark.json").read_text()) != mark:
+            if data.read_json(work / "mark.json") != mark:
                 data.remove_folder(work)
                 data.free_space(work, len(names) * 2 * math.prod(shape), f"latents of {count:,} pictures")
                 for name in names:
-                    np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.float16, shape).flush()
+                    data.new_array(work / f"{name}.npy", shape).flush()
                 with data.atomic(work / "mark.json") as partial:
                     partial.write_text(json.dumps(mark))
         run.barrier()
@@ -586,14 +592,17 @@ def encode_slice(cfg: Config, run: data.Run, model: PSVAE, work: Path, names: tu
     count = len(run.folder.images)
     first, stop = count * run.rank // run.world, count * (run.rank + 1) // run.world
     progress = work / f"done-{first}-{stop}.json"
-    state = json.loads(progress.read_text()) if progress.exists() else {"next": first, "broken": []}
+    state = data.read_json(progress) or {"next": first, "broken": []}
+    run.broken = {index: f"{run.folder.images[index]!r}: unreadable" for index in state["broken"]}
     maps = [np.lib.format.open_memmap(work / f"{name}.npy", "r+") for name in names]
     chunk = max(cfg.batch, 64)
     starts = list(range(state["next"], stop, chunk))
     keys = lambda step: [(i, None) for i in range(starts[step], min(stop, starts[step] + chunk))]
-    stream = data.batches(data.Pictures(run.folder, cfg.image_size), keys, 0, len(starts), cfg.workers)
-    bar = data.tqdm(total=stop - first, initial=state["next"] - first, desc="latents", disable=not run.main,
-                    mininterval=1)
+    stream = data.batches(data.Pictures(run.folder, cfg.image_size), keys, 0, len(starts), cfg.workers,
+                          run.device.type == "cuda")
+    bar = run.bar = data.tqdm(total=stop - first, initial=state["next"] - first, desc="latents",
+                              disable=not run.main, mininterval=1)
+    run.stepping = True                                # a signal waits for the end of a chunk
     for number, (images, broken) in enumerate(stream):
         with run.autocast():
             posterior = model.encode(data.to_float(images, run.device))
@@ -612,6 +621,7 @@ def encode_slice(cfg: Config, run: data.Run, model: PSVAE, work: Path, names: tu
                 partial.write_text(json.dumps(state))
         if run.stop:
             raise data.Stopped(run.stop)
+    run.stepping = False
     bar.close()
 
 
@@ -619,6 +629,8 @@ def finish_latents(cfg, run, work, final, folders, names, checkpoint, mark):
     """Rows, channel statistics in float64, and one rename: out/latents/ is whole or it is not there."""
     maps = [np.load(work / f"{name}.npy", mmap_mode="r") for name in names]
     broken = {index for path in work.glob("done-*.json") for index in json.loads(path.read_text())["broken"]}
+    data.tolerate([repr(run.folder.images[index]) for index in sorted(broken)], len(run.folder.images),
+                  cfg.max_broken, "pictures")          # of all ranks, and of all runs that it took
     train_images, train_rows = len(folders[0].images), len(folders[0].rows)
     with open(work / "rows.jsonl", "w", encoding="utf-8") as lines:
         for number, (image, text, source) in enumerate(run.folder.rows):
@@ -633,8 +645,7 @@ def finish_latents(cfg, run, work, final, folders, names, checkpoint, mark):
             "variance": variance.tolist(), "preset": cfg.preset, "psvae_step": checkpoint["step"]}
     with data.atomic(work / "meta.json") as partial:
         partial.write_text(json.dumps(meta, indent=1))
-    data.remove_folder(final)
-    os.replace(work, final)
+    data.replace_folder(work, final)
     run.say(f"wrote {final}: {meta['count']:,} pictures"
             f"{f', {len(broken)} broken ones left out' if broken else ''}. Next: python dit.py")
 

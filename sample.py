@@ -179,6 +179,7 @@ class Pipeline:
             raise data.UserError(f"{folder}/dit.pt was trained with another text encoder than "
                                  f"{self.config['text_encoder']} is now. "
                                  f"Train it again: python dit.py --fresh")
+        self.half = device.type == "cuda" and self.config["precision"] == "bf16"
         self.size, grid = psvae_checkpoint["config"]["image_size"], checkpoint["shape"]["grid"]
         self.latent_shape = (grid, grid, checkpoint["shape"]["z_dim"])
         self.mean, self.variance = (torch.tensor(checkpoint[name], device=device)
@@ -190,23 +191,26 @@ class Pipeline:
     def __call__(self, prompts: list[str], seeds: list[int], sources: np.ndarray | None = None, steps=50,
                  guidance=7.5, image_guidance=1.5, eta=0.0, film: list | None = None) -> np.ndarray:
         """One picture for each prompt and seed, uint8 (B, H, W, 3); sources uint8 (B, H, W, 3) are edited."""
-        # 1. Encode text
-        c, mask = self.text_encoder([*prompts, *[""] * len(prompts)])
-        # 2. Initialize from noise
-        generators = [data.generator(seed, "sample", 0, "z_T") for seed in seeds]
-        z_T = draw(generators, torch.empty(len(seeds), *self.latent_shape, device=self.device))
-        # 3. DDIM sampling
-        source, frames = None, [] if film is not None else None
-        if sources is not None:
-            x = data.to_float(torch.from_numpy(sources).permute(0, 3, 1, 2), self.device)
-            source = normalise(self.psvae.encode(x)[0], self.mean, self.variance)
-        z_0 = ddim(self.dit, z_T, c, mask, self.alpha_bar, sampling_times(self.config["T"], steps), guidance,
-                   image_guidance, eta, source, generators, frames)
-        # 4. Decode to image
-        if film is not None:
-            shown = sorted({round(i * (len(frames) - 1) / 8) for i in range(9)})
-            film += [(frames[i][0], self.decode(frames[i][1])) for i in shown]
-        return self.decode(z_0)
+        # bf16 on CUDA, as in training; noise and z_t stay in fp32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            # 1. Encode text
+            c, mask = self.text_encoder([*prompts, *[""] * len(prompts)])
+            # 2. Initialize from noise
+            generators = [data.generator(seed, "sample", 0, "z_T") for seed in seeds]
+            z_T = draw(generators, torch.empty(len(seeds), *self.latent_shape, device=self.device))
+            # 3. DDIM sampling
+            source, frames = None, [] if film is not None else None
+            if sources is not None:
+                x = data.to_float(torch.from_numpy(sources).permute(0, 3, 1, 2), self.device)
+                source = normalise(self.psvae.encode(x)[0], self.mean, self.variance)
+            times = sampling_times(self.config["T"], steps)
+            z_0 = ddim(self.dit, z_T, c, mask, self.alpha_bar, times, guidance, image_guidance, eta, source,
+                       generators, frames)
+            # 4. Decode to image
+            if film is not None:
+                shown = sorted({round(i * (len(frames) - 1) / 8) for i in range(9)})
+                film += [(frames[i][0], self.decode(frames[i][1])) for i in shown]
+            return self.decode(z_0)
 
     def decode(self, z_0: torch.Tensor) -> np.ndarray:
         """Normalised latents (B, h, w, z_dim) -> uint8 (B, H, W, 3)."""

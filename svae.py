@@ -247,6 +247,8 @@ def train(cfg: Config, checkpoint: dict | None):
             data.check_encoder(encoder_fingerprint, checkpoint, cfg.encoder)
             data.load_weights(model, checkpoint["model"], run.out / "svae.pt")
             data.load_optimizer(optimizer, checkpoint["optimizer"], run.out / "svae.pt")
+        one = torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=run.device)
+        run.count_flops(model, lambda: model(encoder(one), one.new_zeros(()))[0].sum())
         if cfg.compile and run.device.type == "cuda":
             encoder.compile()
             model.compile()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE))
 
 EXCHANGE = {"mean": "sum", "sum": "mean", "sqrt": "abs", "exp": "abs", "abs": "square", "sin": "cos",
             "cos": "sin", "cumprod": "cumsum", "square": "abs", "gelu": "silu", "mse_loss": "l1_loss",
-            "unflatten": None}
+            "addcmul": "addcdiv", "unflatten": None}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
              ast.FloorDiv: ast.Mult}
 # (file, function, the change): why it computes the same

@@ -8,8 +8,11 @@ notes/mutants.py breaks each equation on purpose and sees its test go red.
 """
 
 import ast
+import contextlib
 import csv
+import gc
 import inspect
+import io
 import json
 import math
 import os
@@ -21,7 +24,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
+import weakref
 import zlib
 from dataclasses import fields
 from pathlib import Path
@@ -31,14 +36,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import data
 import dit
 import psvae
 import sample
 import svae
-from notes import pretrain_tiny
+from notes import bench, convert, emoji, full_path, guide_vs_paper, lab, off_manifold, pretrain_tiny, schedule, ship
 
 torch.set_num_threads(2)
 HERE = Path(data.__file__).parent
@@ -1509,6 +1514,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path, encoders):
 def test_a_name_that_is_not_cached_is_refused_within_seconds_where_no_network_answers(monkeypatch):
     def no_route(*_, **__):
         raise OSError("no route")
+    from transformers import AutoModel                                  # its import is not what is timed
     monkeypatch.setattr(data.socket, "create_connection", no_route)
     begin = time.monotonic()
     with pytest.raises(data.UserError, match="facebook/dinov2-nowhere is not cached and no network answers"):
@@ -2176,6 +2182,15 @@ def test_sample_py_refuses_what_it_cannot_use(words, line, trained, tmp_path, re
     assert not (tmp_path / "x.png").exists()
 
 
+def test_sampling_in_half_precision_draws_the_same_picture():
+    pipeline = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
+    assert not pipeline.half                                            # on a CPU bf16 is slow: fp32
+    draw = lambda: pipeline(["a red circle"], [3], steps=4, guidance=2.0).astype(float)
+    whole, pipeline.half = draw(), True
+    half = draw()
+    assert 0 < np.abs(half - whole).mean() < 3
+
+
 def test_a_model_trained_without_edits_refuses_a_source(copy, refused, tmp_path):
     out = copy("psvae.pt", "dit.pt")
     edited(lambda c: c.update(edits=0))(out / "dit.pt")
@@ -2304,3 +2319,745 @@ def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2
     assert (good.returncode == 0 and f"wrote {tmp_path / 'a.png'}" in said
             and Image.open(tmp_path / "a.png").width > 100)
     assert bad.returncode == 2 and complaint.startswith("error: ") and len(complaint.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The notebook
+# ------------------------------------------------------------------------------------------------------------
+
+# One script and one page in notes/ for each claim
+NOTEBOOK = ["off_manifold", "weak_pixels", "ladder", "schedule"]
+AWAITING = ["kl", "guide_vs_paper", "channels"]             # whose pages have no numbers yet
+
+
+@pytest.mark.parametrize("name", NOTEBOOK + AWAITING)
+def test_a_script_of_the_notebook_runs_and_prints_its_tables_and_leaves_its_page_alone(name, tmp_path):
+    page = HERE / f"notes/{name}.md"
+    before = page.read_bytes()
+    process = start(HERE / f"notes/{name}.py", "--quick", folder=tmp_path)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    rows = [line for line in said.splitlines() if line.startswith("| ") and re.search(r"\| -?\d", line)]
+    assert len(rows) > 3 and "nan" not in "".join(rows)
+    assert page.read_bytes() == before
+    try:
+        import matplotlib                                                                         # noqa: F401
+        assert any(Image.open(path).width > 300 for path in tmp_path.rglob("*.png"))
+    except ImportError:
+        assert "pip install matplotlib" in said or name == "weak_pixels"    # whose sheet needs none
+
+
+@pytest.mark.parametrize("name", NOTEBOOK)
+def test_a_page_of_the_notebook_says_how_it_was_made_and_is_found_from_the_way_in(name):
+    page = (HERE / f"notes/{name}.md").read_text()
+    assert f"python notes/{name}.py" in page and f"]({name}.png)" in page
+    assert (HERE / f"notes/{name}.png").exists()
+    line = next(line for line in (HERE / "notes/README.md").read_text().splitlines() if f"({name}.md)" in line)
+    assert re.search(r"\*\*.+\*\*", line) and re.search(r"\d", line.split(")", 1)[1])   # a finding, its number
+
+
+@pytest.mark.parametrize("module", [off_manifold, schedule])
+def test_without_matplotlib_a_figure_is_left_out_and_said(module, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not module.figure(*[None] * len(inspect.signature(module.figure).parameters))
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [off_manifold, schedule])
+def test_what_is_measured_goes_between_the_marks_of_a_page_and_nowhere_else(module, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
+    for text in ("one", "two"):
+        module.into_page(page, text)
+        assert page.read_text() == (f"before\n<!-- measured: begin -->\n\n{text}\n\n"
+                                    f"<!-- measured: end -->\nafter\n")
+
+
+def test_eq_1_errors_of_points_beside_a_sheet_are_their_distances_to_it_and_to_the_true_points():
+    g = torch.Generator().manual_seed(0)
+    Q = off_manifold.embedding(5, g)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(2))
+    true, y, up = (torch.randn(n, d, generator=g) for n, d in ((50, 2), (40, 2), (40, 5)))
+    up = up - up @ Q @ Q.T                                                  # orthogonal to the sheet
+    e = off_manifold.errors(y @ Q.T + up, Q, true)
+    to_true = torch.cdist(y @ Q.T + up, true @ Q.T).min(1).values
+    assert e["beside"] == pytest.approx(up.norm(dim=1).mean().item(), rel=1e-4)
+    assert e["both"] == pytest.approx(to_true.mean().item(), rel=1e-4)
+    assert e["both_worst"] == pytest.approx(to_true.sort().values[-2:].mean().item(), rel=1e-4)
+    there = off_manifold.errors(true @ Q.T, Q, true)
+    assert there["nearest_worst"] < 1e-2 and there["beside_worst"] < 1e-5
+
+
+def test_the_letters_have_mean_0_and_variance_1_and_come_back_from_every_space():
+    letters, g = off_manifold.Letters(), torch.Generator().manual_seed(0)
+    y = letters(20_000, g)
+    assert y.mean(0).abs().max() < 0.03 and (y.var(0) - 1).abs().max() < 0.03
+    for scaled in (False, True):
+        Q = off_manifold.embedding(6, g)
+        draw, back, d = off_manifold.space(off_manifold.Variant(6, scaled=scaled), Q, letters,
+                                           off_manifold.Config(), 0)
+        z_0 = draw(5000, torch.Generator().manual_seed(1))
+        x = letters(5000, torch.Generator().manual_seed(1)) @ Q.T
+        torch.testing.assert_close(back(z_0), x, rtol=1e-4, atol=1e-5)
+        assert z_0.shape == (5000, d) and scaled == bool((z_0.var(0) - 1).abs().max() < 0.1)
+
+
+@pytest.mark.parametrize("own", ["scaled_linear", "linear"])
+def test_a_model_is_sampled_at_the_noise_levels_of_another_schedule(own):
+    bounds = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    alpha_bar = dit.noise_schedule(*bounds.values(), own)
+    pipeline = SimpleNamespace(config=bounds | {"schedule": own}, alpha_bar=alpha_bar)
+    assert list(schedule.times_like(pipeline, own, 20)) == sample.sampling_times(1000, 20)
+    other = {"linear": "scaled_linear", "scaled_linear": "linear"}[own]
+    times = list(schedule.times_like(pipeline, other, 20))
+    assert (times[0] == 1000) == (own == "scaled_linear") and times[-1] == 0
+    assert times == sorted(set(times), reverse=True) != sample.sampling_times(1000, 20)
+    wanted = dit.noise_schedule(*bounds.values(), other)[sample.sampling_times(1000, 20)]
+    for level in wanted[wanted >= alpha_bar[-1]]:
+        assert (alpha_bar[times] - level).abs().min() < 0.002
+
+
+def test_true_pictures_of_a_prompt_are_what_it_says():
+    prompts = schedule.choose_prompts(12)
+    assert {row["task"] for row in prompts} == set(schedule.geneval.TASKS)
+    for row in prompts:
+        picture = schedule.true_picture(row["requirement"], schedule.world.generator("test", row["text"]))
+        assert schedule.judge.check(schedule.judge.read(picture), row["requirement"])
+
+
+def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "SAVE_EVERY", 0)
+    batches = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(0))
+
+    def run(path, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+
+        def loss_of(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return model(batches[step]).square().mean()
+
+        snapshots = lab.fit(path, model, [{"params": list(model.parameters())}], 6, 0.1, loss_of,
+                            torch.device("cpu"), marks=(2, 6))[1]
+        return model.state_dict(), snapshots
+
+    whole, snapshots = run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped.pt", stop=3)
+    again, same_snapshots = run(tmp_path / "stopped.pt")
+    assert equal(whole, again) and not equal(snapshots[2], whole)
+    assert all(equal(snapshots[mark], same_snapshots[mark]) for mark in (2, 6))
+    assert equal(run(tmp_path / "stopped.pt", stop=0)[0], whole)            # finished: no step is made
+
+
+@pytest.mark.parametrize("count, d", [(30, 4), (10, 25)])
+def test_a_linear_read_out_is_ridge_regression_with_a_constant(count, d):
+    a, b, x = randn(count, d), randn(count, 2, seed=1), randn(5, d, seed=2)
+    penalty = 0.1 * ((a - a.mean(0)) ** 2).sum().item() / d
+    rows = np.concatenate([(a - a.mean(0)).numpy(), math.sqrt(penalty) * np.eye(d)])
+    weight = np.linalg.lstsq(rows, np.concatenate([(b - b.mean(0)).numpy(), np.zeros((d, 2))]), rcond=None)[0]
+    expected = (x - a.mean(0)).numpy() @ weight + b.mean(0).numpy()
+    np.testing.assert_allclose(lab.ridge(a, b, 0.1)(x).numpy(), expected, atol=1e-8)
+
+
+def test_the_forced_choice_reads_true_pictures_also_blurred_ones_that_the_judge_may_refuse():
+    scenes = [lab.one_object(i, "held out") for i in range(30)]
+    for blur, least in ((0, 1), (1.2, 1), (2.5, 0.8)):
+        soft = ImageFilter.GaussianBlur(blur)
+        pictures = [np.asarray(Image.fromarray(lab.world.draw(scene)).filter(soft)) for scene in scenes]
+        right = [lab.nearest(picture) == lab.facts(scene) for picture, scene in zip(pictures, scenes)]
+        assert np.mean(right) >= least
+    assert len(lab.nearest(np.zeros((64, 64, 3), np.uint8))) == 4           # nothing there: a choice all the same
+
+
+def test_near_edges_are_the_pixels_within_reach_of_a_step_of_colour():
+    x = torch.full((1, 3, 16, 20), -1.0)
+    x[..., 10:] = 0.5
+    near = lab.near_edges(x, reach=3)[0, 0]
+    assert near.all(0).equal(near.any(0)) and near[0].nonzero().flatten().tolist() == list(range(7, 14))
+
+
+def test_the_labs_captions_are_true_and_its_held_out_pictures_are_other_ones():
+    scenes = [lab.one_object(i, "train") for i in range(40)]
+    assert not any(lab.world.holds_out(scene.objects) for scene in scenes)
+    assert len({lab.one_object(i, split) for i in range(40) for split in ("train", "held out")}) == 80
+    for scene in scenes[:8]:
+        names = [options[value] for value, options in zip(lab.facts(scene), lab.ATTRIBUTES.values())]
+        assert all(name in lab.caption(scene) for name in names)
+        assert lab.judge.read(lab.world.draw(scene)).background == names[0]
+
+
+def test_rectified_flow_walks_straight_to_z_0_and_shifts_times_by_the_number_of_channels():
+    z_0, z_T = randn(3, 2, 2, 64), randn(3, 2, 2, 64, seed=1)
+    seen = []
+
+    def velocity(z, t, c, mask):                                # of the one straight line from z_T to z_0
+        seen.append(t[0].item())
+        return torch.cat([z_T - z_0] * 2)
+
+    study = SimpleNamespace(scale=SimpleNamespace(sampler=(5, 3.0)))
+    same(guide_vs_paper.Flow.sample(study, velocity, z_T, None, None), z_0.numpy(), 1e-6)
+    line = torch.linspace(1, 0.2, 5)
+    assert seen == pytest.approx((1000 * 2 * line / (1 + line)).tolist(), rel=1e-5)  # sqrt(64 / 16) = 2
+    assert guide_vs_paper.Flow.shifted(line, 16).equal(line)
+
+
+def test_the_mean_over_channels_is_the_sum_with_beta_divided_by_their_number():
+    mu, log_var = randn(2, 3, 3, 24), randn(2, 3, 3, 24, seed=1)
+    terms = -0.5 * (1 + log_var - mu ** 2 - log_var.exp())      # the guide's pseudo-code averages these
+    same(psvae.kl_divergence(mu, log_var) / 24, terms.mean().item())
+
+
+def test_without_matplotlib_the_lab_leaves_a_figure_out_and_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert lab.pyplot() is None and "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_shipped_weights_are_rounded_before_latents_are_made_from_them(copy, tmp_path):
+    out = copy("psvae.pt")
+    before = psvae.load_psvae(out / "psvae.pt")[0].fingerprint()
+    assert ship.main(["psvae", "--out", str(out), "--to", str(tmp_path)]) == 0
+    for path in (out / "psvae.pt", tmp_path / "psvae.pt"):
+        model, checkpoint = psvae.load_psvae(path)
+        assert model.fingerprint() == checkpoint["fingerprint"] != before
+    assert "optimizer" not in checkpoint
+    assert all(value.dtype == torch.half for value in state(tmp_path / "psvae.pt")["model"].values())
+
+
+def test_emoji_become_captions_and_edits_that_change_one_thing():
+    names = {("1f44b",): "waving hand", ("1f469", "1f680"): "woman astronaut", ("1f468", "1f680"): "man astronaut",
+             ("1f469",): "woman", ("1f469", "1f9b0"): "woman: red hair", ("1f3c3",): "person running",
+             ("1f3c3", "2640"): "woman running"}
+    stems = ["1f44b", "1f44b-1f3fb", "1f44b-1f3ff", "1f469-200d-1f680", "1f468-200d-1f680", "1f469",
+             "1f469-200d-1f9b0", "1f3c3", "1f3c3-200d-2640-fe0f", "1f3c3-1f3fb", "1f4a9"]
+    rows = emoji.rows_of(stems, names)
+    captions = {row["file_name"]: row["text"] for row in rows if "source" not in row}
+    edits = {(row["source"], row["text"], row["file_name"]) for row in rows if "source" in row}
+    assert len(captions) == len(stems) - 1 and "1f4a9.webp" not in captions                 # it has no name
+    assert captions["1f44b-1f3ff.webp"] == "waving hand, dark skin tone"
+    assert edits == {
+        *((f"{a}.webp", f"change the skin tone to {tone}", f"{b}.webp") for a, tone, b in [
+            ("1f44b", "light", "1f44b-1f3fb"), ("1f44b", "dark", "1f44b-1f3ff"), ("1f3c3", "light", "1f3c3-1f3fb"),
+            ("1f44b-1f3fb", "dark", "1f44b-1f3ff"), ("1f44b-1f3ff", "light", "1f44b-1f3fb")]),
+        ("1f468-200d-1f680.webp", "make it a woman", "1f469-200d-1f680.webp"),
+        ("1f469-200d-1f680.webp", "make it a man", "1f468-200d-1f680.webp"),
+        ("1f3c3.webp", "make it a woman", "1f3c3-200d-2640-fe0f.webp"),
+        ("1f3c3-200d-2640-fe0f.webp", "make it a person", "1f3c3.webp"),
+        ("1f469.webp", "make the hair red", "1f469-200d-1f9b0.webp")}
+
+
+def test_a_package_of_another_content_is_refused(tmp_path):
+    name = "unicode-emoji-json-0.9.0.tgz"
+    with pytest.raises(SystemExit, match="is not there"):
+        emoji.package(name, str(tmp_path))
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(SystemExit, match="another checksum"):
+        emoji.package(name, str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Under fire: notes/reliability.py in short, and one test for each thing that broke under the long form
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fire(tmp_path_factory):
+    """The harness in its short form, in a process of its own: {section: "held", or what failed}."""
+    result = tmp_path_factory.mktemp("fire") / "result.json"
+    process = start(HERE / "notes/reliability.py", "--short", "--json", result, "--work", result.with_name("w"))
+    said = process.communicate(timeout=280)[0]
+    assert result.exists(), said
+    return json.loads(result.read_text())
+
+
+FIRE = {"kill": "a run killed with -9 at random moments, and inside writes, ends as if undisturbed",
+        "signals": "a signal is obeyed at the end of the step, with exit code 130 or 143",
+        "ranks": "of two processes one is killed: the other ends with one line, the run goes on bit-equal",
+        "disk": "a full disk is one line and exit code 2, and the run goes on when there is room",
+        "checkpoints": "a checkpoint changed in any part is refused in one line, or harmless"}
+
+
+@pytest.mark.parametrize("section", FIRE, ids=lambda section: FIRE[section])
+def test_under_fire(section, fire):
+    assert fire[section] == "held"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_the_step_and_has_its_own_exit_code(number, copy, encoders,
+                                                                              monkeypatch):
+    out, record = copy(), data.Run.record
+
+    def struck_twice(run, losses):
+        os.kill(os.getpid(), number), os.kill(os.getpid(), number)
+        return record(run, losses)
+    monkeypatch.setattr(data.Run, "record", struck_twice)
+    assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out)]) == 128 + number
+    assert not (out / "svae.pt").exists()
+
+
+def test_one_signal_ends_the_encoding_of_texts_at_once_and_it_is_made_again(copy, trained, encoders,
+                                                                           monkeypatch):
+    out, flags = copy("latents"), [*DIT, "--text-encoder", encoders[1]]
+    with monkeypatch.context() as patch:
+        call = data.TextEncoder.__call__
+        patch.setattr(data.TextEncoder, "__call__",
+                      lambda *args: os.kill(os.getpid(), signal.SIGTERM) or call(*args))
+        assert dit.main([*flags, "--out", str(out)]) == 143
+    assert not (out / "text").exists() and not (out / "dit.pt").exists()
+    assert dit.main([*flags, "--out", str(out)]) == 0
+    assert equal(state(out / "dit.pt")["model"], state(trained / "dit.pt")["model"])
+    assert not list(out.glob("*.partial"))
+
+
+def test_broken_pictures_of_an_encoding_are_counted_over_all_its_runs(tmp_path, encoders, refused,
+                                                                     monkeypatch):
+    folder = tmp_path / "in"
+    for i in range(130):
+        picture(folder / f"{i:03d}.png")
+    for name in ("001.png", "100.png"):                                 # one in each of two chunks of 64
+        (folder / name).write_bytes(b"")
+    flags = [*map(str, zoo_flags(encoders, folder, tmp_path / "out")), *PSVAE[:2], "--lpips-weight", "0",
+             "--seed", "3", "--steps", "1", "--batch", "2"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, "latents", 1, "count_broken")
+        assert psvae.main(flags) == 143
+    assert "2 of 130 pictures are unusable" in refused(psvae.main, *flags)
+    assert not (tmp_path / "out/latents").exists()
+    assert psvae.main([*flags, "--max-broken", "0.02"]) == 0
+
+
+def test_every_rank_names_the_pictures_that_it_cannot_read(tmp_path, capsys):
+    run = SimpleNamespace(main=False, broken={}, folder=SimpleNamespace(images=["a.png"] * 200),
+                          cfg=SimpleNamespace(max_broken=0.01))
+    data.Run.count_broken(run, [(7, "OSError: cut")])
+    assert "cannot read 'a.png': OSError: cut" in capsys.readouterr().out
+
+
+def test_when_another_process_has_died_a_run_says_so_in_one_line():
+    def lost(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with pytest.raises(data.UserError, match="another process of this run has ended .*Connection closed"):
+        data.together(lost)
+
+
+@pytest.mark.parametrize("stage", ["psvae", "dit"])
+def test_a_disk_without_room_for_latents_or_texts_says_so_before_the_first_of_them(
+        stage, copy, refused, encoders, monkeypatch):
+    out = copy("psvae.pt") if stage == "psvae" else copy("latents")
+    flags = ["--out", out, *([] if stage == "psvae" else [*DIT, "--text-encoder", encoders[1]])]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        line = refused(globals()[stage].main, *flags)
+    assert "could not be written" in line and "No space left" in line and "Make room" in line
+    assert not list(out.rglob("*.npy")) or stage == "dit" and not list((out / "text.partial").glob("*.npy"))
+    assert globals()[stage].main([str(word) for word in flags]) == 0 and not list(out.glob("*.partial"))
+
+
+def test_an_array_has_its_room_on_the_disk_from_the_start(tmp_path):
+    array = data.new_array(tmp_path / "a.npy", (1000, 4, 4, 24))
+    about = os.stat(tmp_path / "a.npy")
+    assert about.st_blocks * 512 >= about.st_size == array.nbytes + 128
+
+
+def test_a_folder_takes_the_place_of_another_whole(tmp_path):
+    touch(tmp_path, "new/b", "path/a", "path.old/left by a killed run")
+    data.replace_folder(tmp_path / "new", tmp_path / "path")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["path", "path/b"]
+
+
+def test_damaged_notes_of_our_own_are_made_again(copy, trained, encoders):
+    out = copy("psvae.pt", "latents", "text")
+    (out / "latents.partial").mkdir()
+    for name in ("latents/meta.json", "latents.partial/mark.json"):
+        (out / name).write_text('{"half')
+    assert psvae.main(["--out", str(out)]) == 0
+    (out / "text/meta.json").write_text("[" * 100_000)
+    assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
+    assert equal(state(out / "dit.pt")["model"], state(trained / "dit.pt")["model"])
+
+
+def test_a_world_that_is_there_is_not_drawn_again_and_that_is_said(copy, capsys):
+    out = copy()
+    data.read_folder("", out=str(out), count=99)
+    assert "is there, with 120 pictures: --count 99 does nothing" in capsys.readouterr().out
+    data.read_folder("", out=str(out), count=120), data.read_folder("", out=str(out))
+    assert "does nothing" not in capsys.readouterr().out
+
+
+def test_a_pipe_with_the_name_of_a_text_or_behind_a_link_does_not_hang_a_run(tmp_path):
+    picture(tmp_path / "a.png"), os.mkfifo(tmp_path / "a.txt"), os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.png").symlink_to("pipe"), (tmp_path / "gone.png").symlink_to("nothing")
+    images, written, refused = data._listing(tmp_path)
+    assert images == {"a.png"} and not written and len(refused) == 3
+
+
+@pytest.mark.parametrize("name", ["train", "val", "LOC_synset_mapping.txt", "LOC_val_solution.csv"])
+def test_no_part_of_imagenets_layout_may_be_a_link_out_of_the_folder(name, tmp_path):
+    folder, outside = tmp_path / "in", tmp_path / "outside"
+    touch(folder, "train/n01440764/a.png", "val/ILSVRC2012_val_1.png")
+    touch(outside, "train/n01440764/secret.png", "val/secret.png")
+    (outside / "LOC_synset_mapping.txt").write_text("n01440764 secret\n")
+    (outside / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_1,n02119789 1\n")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).symlink_to(outside / name)
+    if name in ("train", "val"):
+        with pytest.raises(data.UserError, match=f"{name} is a link that leaves"):
+            data.read_folder(str(folder))
+    else:
+        assert "kit fox" not in everything(folder).values() and "secret" not in everything(folder).values()
+
+
+def test_averaged_weights_are_taken_back_also_after_an_error():
+    model = micro_dit()
+    raw = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError), dit.averaged(model, {name: value + 1 for name, value in raw.items()}):
+        raise ValueError
+    assert equal(dict(model.state_dict()), raw) and model.training
+
+
+def test_the_second_run_waits_until_the_first_has_signed_its_lock(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); "
+                              "fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(0.5); "
+                              "f.write('4711'); f.flush(); time.sleep(60)", tmp_path / ".svae.lock"],
+                             stdout=subprocess.PIPE)
+    try:
+        first.stdout.readline()
+        with pytest.raises(data.UserError, match="process 4711"):
+            data.take_lock(tmp_path, "svae")
+    finally:
+        first.kill(), first.wait()
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def converted(src, out, *flags):
+    assert convert.main(["--src", str(src), "--out", str(out), *flags]) == 0
+    rows = [json.loads(line) for line in open(out / "metadata.jsonl", encoding="utf-8")]
+    data.read_folder(str(out), max_broken=0)                            # every row is one that data.py takes
+    return rows
+
+
+SHARD = ["a caption", "from json", "leaves", "absolute", "short", "and longer"]
+
+
+def shard(tmp_path):
+    content = picture(tmp_path / "a.png").read_bytes()
+    return tar(tmp_path / "in/00000.tar", {
+        "000.png": content, "000.txt": b"a caption", "000.json": b'{"caption": "another"}',
+        "001.png": content, "001.json": b'{"caption": "from json"}',
+        "../../002.png": content, "../../002.txt": b"leaves", "/003.png": content, "/003.txt": b"absolute",
+        "004.src_img.png": content, "004.edited_img.png": content,
+        "004.json": b'{"edited_prompt_list": ["short", "and longer"]}'}), content
+
+
+def test_img2dataset_tars_become_a_folder_and_no_name_in_them_is_used(tmp_path):
+    _, content = shard(tmp_path)
+    rows = converted(tmp_path / "in", tmp_path / "out")
+    assert [row["text"] for row in rows] == SHARD
+    assert ["source" in row for row in rows] == [False] * 4 + [True] * 2
+    assert all((tmp_path / "out" / row["file_name"]).read_bytes() == content for row in rows)
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "in", "out"]
+
+
+def test_a_tar_that_was_cut_short_gives_what_stands_before_the_cut(tmp_path, refused):
+    path, _ = shard(tmp_path)
+    whole = path.read_bytes()
+    for cut in (len(whole) // 3, len(whole) // 2 + 7, len(whole) - 10240):
+        path.write_bytes(whole[:cut])
+        line = refused(convert.main, "--src", tmp_path / "in", "--out", tmp_path / "out")
+        assert "are unusable, more than --max-broken 0.01" in line and "cut short" in line
+        assert sorted(os.listdir(tmp_path)) == ["a.png", "in"]
+        texts = [row["text"] for row in converted(tmp_path / "in", tmp_path / "out", "--max-broken", "1")]
+        assert texts == SHARD[:len(texts)]
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "prompts"])
+def test_edit_sets_become_edits_and_nothing_outside_is_read(kind, tmp_path):
+    src = tmp_path / "in"
+    picture(src / "7/1_0.jpg"), picture(src / "7/1_1.jpg"), picture(tmp_path / "secret.jpg")
+    if kind == "prompts":
+        (src / "7/prompt.json").write_text('{"edit": "make it green"}')
+        (src / "7/2_0.jpg").symlink_to(tmp_path / "secret.jpg"), picture(src / "7/2_1.jpg")
+    else:
+        names = {"original_image": "7/1_0.jpg", "edit_prompt": "make it green", "edited_image": "7/1_1.jpg"}
+        bad = [names | {"original_image": "../secret.jpg"},
+               names | {"edited_image": str(tmp_path / "secret.jpg")}, names | {"edited_image": "7/gone.jpg"}]
+        with open(src / f"rows.{kind}", "w", newline="") as lines:
+            writer = csv.DictWriter(lines, names)
+            writer.writeheader() if kind == "csv" else None
+            for row in [names, *bad]:
+                writer.writerow(row) if kind == "csv" else lines.write(json.dumps(row) + "\n")
+    rows = converted(src, tmp_path / "out", "--max-broken", "1")
+    assert [row["text"] for row in rows] == ["make it green"]
+    before, after = ((tmp_path / "out" / rows[0][key]).read_bytes() for key in ("source", "file_name"))
+    assert before == (src / "7/1_0.jpg").read_bytes() and after == (src / "7/1_1.jpg").read_bytes()
+
+
+def test_parquet_is_refused_with_the_way_out(tmp_path, refused):
+    touch(tmp_path / "in", "data-00000.parquet")
+    line = refused(convert.main, "--src", tmp_path / "in", "--out", tmp_path / "out")
+    assert "parquet has to be exported first" in line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Full scale: real encoders, memory, speed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def stage_flags(stage, encoders):
+    return {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
+            "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_losses_and_gradients_of_micro_batches_equal_those_of_one_batch_to_1e_6(stage, copy, encoders,
+                                                                                 monkeypatch):
+    gradients, rows, step, record = [], [], torch.optim.AdamW.step, data.Run.record
+
+    def watched(optimizer, *args):
+        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups
+                                    for p in group["params"] if p.grad is not None]).double())
+        return step(optimizer, *args)
+
+    def recorded(run, losses):
+        rows.append({name: value.item() for name, value in losses.items()})
+        record(run, losses)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(data.Run, "record", recorded)
+    monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
+    for parts in ("1", "2", "8"):
+        out = copy(*NEEDS[stage])
+        argv = [*stage_flags(stage, encoders), "--steps", "1", "--log-every", "1", "--clip", "1e9"]
+        assert globals()[stage].main([*argv, "--micro-batches", parts, "--out", str(out)]) == 0
+    assert gradients[0].norm() > 0.01
+    for gradient, row in zip(gradients[1:], rows[1:]):
+        difference, norm = gradient - gradients[0], gradients[0].norm()
+        assert difference.abs().max() < 1e-6 * max(1, norm) and difference.norm() < 3e-6 * norm
+        assert row == pytest.approx(rows[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_nothing_in_a_step_waits_for_the_device(stage, copy, encoders, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_is_all_true")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **kwargs or {})
+    seen, watch, calls = [], Watch(), []
+    record, batches = data.Run.record, data.batches
+
+    def recorded(run, losses):                                          # from the end of step 2 to that of 4
+        record(run, losses)
+        calls.append(1)
+        if len(calls) in (2, 4):
+            watch.__enter__() if len(calls) == 2 else watch.__exit__(None, None, None)
+    monkeypatch.setattr(data.Run, "record", recorded)
+    monkeypatch.setattr(data, "batches", lambda *args: list(batches(*args)))    # the loader works on the host
+    monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
+    argv = [*stage_flags(stage, encoders), "--log-every", "99", "--eval-every", "99", "--save-every", "99"]
+    assert globals()[stage].main([*argv, "--out", str(copy(*NEEDS[stage]))]) == 0
+    groups = 2 if stage == "psvae" else 1
+    assert sum("_fused_adamw" in op for op in seen) == 2 * groups and len(seen) > 500
+    assert not [op for op in seen if any(wait in op for wait in waits)]
+
+
+def counted_flops(model, loss, batch=6):
+    run = SimpleNamespace(peak=1.0, flops=0.0, world=1, autocast=contextlib.nullcontext,
+                          cfg=SimpleNamespace(batch=batch))
+    data.Run.count_flops(run, model, loss)
+    return run.flops
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_flops_of_a_step_are_two_a_multiplication_and_twice_that_going_back(edit):
+    model = micro_dit(checkpointing=True).train()                       # what is recomputed does not count
+    (z_t, t, c, mask), source = micro_batch(B=1), randn(1, 2, 2, 3, seed=9).float()
+    D, depth = model.embed.out_features, len(model.blocks)
+    N, M, L = model.grid ** 2, model.grid ** 2 * (2 if edit else 1), c.shape[1]
+    z_dim, d_text = model.embed.in_features, c.shape[-1]
+    inputs = M * z_dim * D + L * d_text * D + 256 * D                   # no gradient goes back beyond these
+    block = M * 14 * D * D + L * 2 * D * D + 2 * M * M * D + 2 * M * L * D + 9 * D * D
+    rest = D * D + depth * block + 2 * D * D + N * D * z_dim
+    got = counted_flops(model, lambda: model(z_t, t, c, mask, source if edit else None).sum(), batch=6)
+    assert model.training and got == pytest.approx(6 * 2 * (2 * inputs + 3 * rest), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
+def test_the_progress_line_shows_utilisation_where_the_device_is_known_and_only_there(stage, copy, encoders,
+                                                                                      trained, monkeypatch):
+    shown = []
+    monkeypatch.setattr(data.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
+    monkeypatch.setattr(data, "peak_flops", lambda *_: 1e6)
+    out = copy(*NEEDS[stage])
+    assert globals()[stage].main([*stage_flags(stage, encoders), "--out", str(out)]) == 0
+    assert len(shown) == 5 and sum(bool(re.search(r" mfu \d+%$", line)) for line in shown) == 3
+    one, two = (state(folder / f"{stage}.pt")["model"] for folder in (trained, out))
+    assert equal(one, two)                                              # counting changes nothing
+    monkeypatch.setattr(data, "peak_flops", lambda *_: 0.0)
+    argv = [*stage_flags(stage, encoders), "--steps", "9", "--out", str(out)]
+    assert globals()[stage].main(argv) == 0 and len(shown) > 5 and "mfu" not in "".join(shown[5:])
+
+
+def test_the_peak_of_a_card_is_found_by_its_name_and_else_unknown(monkeypatch):
+    for name, peak in [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+                       ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L40", 0),
+                       ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+                       ("Tesla T4", 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert data.peak_flops(torch.device("cuda", 0), "bf16") == peak * 1e12, name
+        assert data.peak_flops(torch.device("cuda", 0), "fp32") == 0
+    assert data.peak_flops(torch.device("cpu"), "bf16") == 0
+
+
+def test_the_text_encoder_is_gone_before_there_is_a_dit(copy, encoders, monkeypatch):
+    load, build, network = data.load_text_encoder, dit.build, []
+
+    def loaded(*args):
+        encoder = load(*args)
+        network.append(weakref.ref(encoder.network))
+        return encoder
+
+    def built(*args):
+        assert network and network[0]() is None
+        network.append("built")
+        return build(*args)
+    monkeypatch.setattr(data, "load_text_encoder", loaded)
+    monkeypatch.setattr(dit, "build", built)
+    gc.disable()                                                        # freed at once, not some time later
+    try:
+        assert dit.main([*stage_flags("dit", encoders), "--out", str(copy("latents"))]) == 0
+    finally:
+        gc.enable()
+    assert network[-1] == "built"
+
+
+@pytest.mark.parametrize("how", ["a resolver that hangs", "a mirror", "a proxy"])
+def test_whether_the_hub_answers_is_known_in_seconds_and_asked_where_it_would_be_reached(how, monkeypatch):
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        time.sleep(20 if how == "a resolver that hangs" else 0)
+        return SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(data.socket, "create_connection", connect)
+    for name in ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    if how == "a mirror":
+        monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080")
+    if how == "a proxy":
+        monkeypatch.setenv("https_proxy", "proxy.example:3128")
+    from transformers import AutoModelForTextEncoding, AutoTokenizer    # its import is not what is timed
+    begin = time.monotonic()
+    if how == "a resolver that hangs":
+        with pytest.raises(data.UserError, match="google/t5-nowhere is not cached and no network answers"):
+            data.load_text_encoder("google/t5-nowhere")
+        assert time.monotonic() - begin < 5 and asked == [("huggingface.co", 443)]
+    else:
+        assert data._online() and asked == [("mirror.example", 8080) if how == "a mirror"
+                                            else ("proxy.example", 3128)]
+
+
+@pytest.mark.parametrize("kind", ["t5 of 2019", "mt5", "umt5"])
+def test_every_kind_of_t5_encoder_loads_whole(kind, tmp_path, encoders):
+    import transformers
+    prefix = {"t5 of 2019": "T5", "mt5": "MT5", "umt5": "UMT5"}[kind]
+    config, model = (getattr(transformers, prefix + name) for name in ("Config", "EncoderModel"))
+    shutil.copytree(encoders[1], tmp_path / "text", ignore=shutil.ignore_patterns("config*", "*.safetensors"))
+    torch.manual_seed(0)
+    network = model(config(vocab_size=400, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2,
+                           pad_token_id=0, eos_token_id=1)).eval()
+    network.save_pretrained(tmp_path / "text")
+    encoder = data.load_text_encoder(str(tmp_path / "text"))
+    tokens = encoder.tokenize(["a red circle"])
+    expected = network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    assert (encoder(["a red circle"])[0] - expected.last_hidden_state).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["giant", "registers"])
+def test_dinov2_with_gated_feed_forward_or_registers_loads_and_is_rebuilt(kind, tmp_path, monkeypatch):
+    monkeypatch.setitem(full_path.IMAGE, "giant", full_path.IMAGE["nano"])
+    name = full_path.build_image_encoder(tmp_path / "image", "giant", registers=kind == "registers")
+    encoder = data.load_image_encoder(name)
+    again = data.build_image_encoder(encoder.description)
+    again.load_state_dict(encoder.state_dict())
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert encoder.extra_tokens == (5 if kind == "registers" else 1)
+    assert encoder.network.config.use_swiglu_ffn and encoder(x).shape == (1, 4, 4, 48)
+    assert torch.equal(encoder(x), again(x))
+
+
+@pytest.mark.parametrize("size, million", [("small", 22.06), ("base", 86.58), ("large", 304.37),
+                                           ("giant", 1136.5)])
+def test_image_encoders_are_built_in_the_hubs_sizes(size, million, tmp_path, monkeypatch):
+    from transformers import Dinov2Model
+    monkeypatch.setattr(Dinov2Model, "save_pretrained",
+                        lambda network, _: built.append(sum(p.numel() for p in network.parameters())))
+    built = []
+    with torch.device("meta"):
+        full_path.build_image_encoder(tmp_path, size)
+    assert built[0] / 1e6 == pytest.approx(million, rel=1e-3)
+
+
+@pytest.mark.parametrize("size, million", [("small", 35.3), ("base", 109.6), ("large", 341.2), ("xl", 1223.5),
+                                           ("xxl", 4762.3)])
+def test_text_encoders_are_built_in_the_hubs_sizes(size, million, tmp_path, monkeypatch):
+    from transformers import T5EncoderModel
+    monkeypatch.setattr(T5EncoderModel, "save_pretrained",
+                        lambda network, _: built.append(sum(p.numel() for p in network.parameters())))
+    monkeypatch.setattr(pretrain_tiny, "build_tokenizer",
+                        lambda *_: SimpleNamespace(save_pretrained=lambda _: None))
+    built = []
+    with torch.device("meta"):
+        full_path.build_text_encoder(tmp_path, size)
+    assert built[0] / 1e6 == pytest.approx(million, rel=1e-3)
+
+
+def test_a_trained_encoder_of_another_transformers_version_is_refused_naming_both(copy, refused):
+    out = copy("psvae.pt")
+    checkpoint = state(out / "psvae.pt")
+    renamed = {name.replace("q_proj", "query"): value for name, value in checkpoint["model"].items()}
+    assert renamed.keys() != checkpoint["model"].keys()                 # as transformers 4 calls them
+    versions = checkpoint["versions"] | {"transformers": "4.57.1"}
+    torch.save(checkpoint | {"model": renamed, "versions": versions}, out / "psvae.pt")
+    line = refused(psvae.main, "--encode-only", "--out", out)
+    assert "another transformers (then 4.57.1, here " in line and "psvae.pt lacks weights" in line
+
+
+def test_the_full_preset_runs_from_a_folder_to_a_picture_with_encoders_of_its_kind(tmp_path, capsys):
+    assert full_path.main(["--reduced", "--work", str(tmp_path)]) in (None, 0)
+    assert "the full path works" in capsys.readouterr().out
+    config = state(tmp_path / "out/dit.pt")["config"]
+    assert config["preset"] == "full" and config["precision"] == "bf16"
+    assert Image.open(tmp_path / "out/sample.png").width >= 64
+
+
+def test_bench_prints_a_line_for_every_part(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "peak_flops", data.peak_flops)            # the bench puts a measured one there
+    argv = ("--device cpu --preset tiny --pictures 80 --batch 8 --warm 1 --window 1 --runs 2 "
+            "--sample-steps 2 --image-size 64 --workers 0 --sync-check").split()
+    assert bench.main([*argv, "--work", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for part in ("loading, 64 px", "svae, tiny, batch 8 in 1", "psvae, tiny", "encode, tiny, 64 px",
+                 "dit, tiny", "picture, tiny, 2 guided steps, batch 1", "train, DiT tiny", "ddim, DiT tiny"):
+        assert re.search(rf"^{re.escape(part)}.*: .*\d (steps|pictures|latents)/s", said, re.M), part
+    numbers = [float(n) for n in re.findall(r"([\d.e+-]+) (?:steps|pictures|latents)/s", said)]
+    assert len(numbers) >= 12 and min(numbers) > 0
+    assert said.count("waits for the card inside a step: no card here") == 3
+    flops = [float(n) for n in re.findall(r"([\d.e+-]+) GFLOP a picture", said)]
+    assert len(flops) == 3 and min(flops) > 0.01 and said.count("utilisation") == 3

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+from psvae import load_psvae
 
 
 def half(state: dict) -> dict:
@@ -33,14 +34,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     path = Path(args.out) / f"{args.stage}.pt"
     checkpoint = dict(data.load(path, args.stage))
-    key = "model" if args.stage == "psvae" else "ema"
-    checkpoint[key] = half(checkpoint[key])
     if args.stage == "psvae":
-        rounded = dict(checkpoint, model={name: value.float() for name, value in checkpoint["model"].items()})
+        model, _ = load_psvae(path)
+        model.half().float()                           # latents belong to the rounded weights
+        checkpoint |= {"model": model.state_dict(), "fingerprint": model.fingerprint()}
         with data.atomic(path) as partial:
-            torch.save(rounded, partial)
+            torch.save(checkpoint, partial)
+        checkpoint["model"] = half(checkpoint["model"])
     else:
-        checkpoint["model"] = {}
+        checkpoint |= {"model": {}, "ema": half(checkpoint["ema"])}
     for name in ("optimizer", "pending"):
         checkpoint.pop(name, None)
     checkpoint["config"] = checkpoint["config"] | {"out": "out"}

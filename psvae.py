@@ -366,14 +366,23 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 @torch.no_grad()
 def held_out_losses(model: PSVAE, frozen_encoder, x: torch.Tensor, cfg: Config,
                     lpips=None) -> dict[str, float]:
-    """The loss terms and PSNR on held-out pictures, with noise that is the same at every call."""
-    side = x.shape[-1] // 16
+    """The loss terms and PSNR on held-out pictures, with noise that is the same at every call.
+
+    In parts of the size of a micro-batch: what can be trained can be evaluated.
+    """
+    side, part = x.shape[-1] // 16, max(1, cfg.batch // cfg.micro_batches)
     g = data.generator(cfg.seed, "psvae", 0, "held out", x.device)
     eps = torch.randn(len(x), side, side, cfg.z_dim, generator=g, device=x.device)
-    x_hat, f_hat, mu, log_var = model.eval()(x, eps)
-    losses = psvae_loss(x_hat, x, f_hat, frozen_encoder(x), mu, log_var, cfg, lpips)
+    model.eval()
+    total = {}
+    for x_part, eps_part in zip(x.split(part), eps.split(part)):
+        x_hat, f_hat, mu, log_var = model(x_part, eps_part)
+        losses = psvae_loss(x_hat, x_part, f_hat, frozen_encoder(x_part), mu, log_var, cfg, lpips)
+        losses["psnr"] = psnr(x_hat, x_part).mean()
+        for name, value in losses.items():
+            total[name] = total.get(name, 0) + value.item() * len(x_part) / len(x)
     model.train()
-    return {name: value.item() for name, value in losses.items()} | {"psnr": psnr(x_hat, x).mean().item()}
+    return total
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architectur
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: 35 to 40 minutes on 2 CPU cores
+    python dit.py                         reads out/latents; tiny: 38 minutes on one CPU core
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
@@ -92,9 +92,9 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=4000,
-                 batch=64, learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32", compile=False,
-                 workers=0, log_every=20, eval_every=500, save_every=500),
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=4500,
+                 edit_fraction=0.2, batch=64, learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32",
+                 compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }
 
 

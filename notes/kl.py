@@ -77,7 +77,7 @@ def line_figure(latents, generations, path, xlabel, line="-"):
         panels.insert(0, ("variance of f that comes back from z, %", latents, lambda run: 100 * run["noisy"]))
     for axis, (title, rows, value) in zip(axes, panels):
         values = [[value(run) for run in runs] for runs in rows.values()]
-        axis.plot(list(rows), [sum(v) / len(v) for v in values], line, color="C0")
+        axis.plot(list(rows), [sum(v) / len(v) for v in values], linestyle=line, color="C0")
         for name, v in zip(rows, values):
             axis.plot([name] * len(v), v, "o", color="C0")
         axis.set(title=title, xlabel=xlabel)

@@ -119,7 +119,7 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
     inner = [top / "train", top / "ILSVRC/Data/CLS-LOC/train"]
     root = next((path for path in inner if path.is_dir()), top)
     for path in (root, root.parent / "val"):
-        if root != top and path.is_dir() and not _is_inside(path, top):
+        if root != top and path.is_dir() and not is_inside(path, top):
             raise UserError(f"{path} is a link that leaves {top}. Nothing outside --data is read: put the "
                             f"folder itself there.")
     train = _read_layout(root, top)
@@ -181,7 +181,7 @@ def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
     return images, texts, refused
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 
@@ -241,7 +241,7 @@ def _read_metadata(table: Path, present: set[str]) -> Folder:
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise ValueError("no text")
                 source = image(row["source"]) if row.get("source") else -1
-                folder.rows.append((image(row.get("file_name")), _unicode(row["text"].strip()), source))
+                folder.rows.append((image(row.get("file_name")), unicode(row["text"].strip()), source))
             except StopIteration:
                 break
             except (ValueError, RecursionError, csv.Error) as error:   # JSONDecodeError is a ValueError
@@ -271,10 +271,10 @@ def _hold_out(folder: Folder) -> tuple[Folder, Folder]:
 
 
 def _words(name: str) -> str:
-    return _unicode(" ".join(re.split(r"[\s_\-]+", name)).strip())
+    return unicode(" ".join(re.split(r"[\s_\-]+", name)).strip())
 
 
-def _unicode(text: str) -> str:
+def unicode(text: str) -> str:
     """Half characters (a file name that is no UTF-8, "\\ud800" in JSON) become "?":
     no file could hold them."""
     return text.encode("utf-8", "replace").decode()
@@ -284,7 +284,7 @@ def _unicode(text: str) -> str:
 def _class_titles(top: Path) -> dict[str, str]:
     """ImageNet's wnid -> first name, from Kaggle's LOC_synset_mapping.txt or the copy in notes/."""
     for path in (top / "LOC_synset_mapping.txt", HERE / "notes/imagenet_names.txt"):
-        if path.is_file() and (_is_inside(path, top) or path.parent != top):
+        if path.is_file() and (is_inside(path, top) or path.parent != top):
             lines = (line.split(" ", 1) for line in path.read_text("utf-8", errors="replace").splitlines()
                      if " " in line)
             return {wnid: names.split(",")[0].strip() for wnid, names in lines}
@@ -293,7 +293,7 @@ def _class_titles(top: Path) -> dict[str, str]:
 
 def _imagenet_val_titles(top: Path) -> dict[str, str]:
     path, titles = top / "LOC_val_solution.csv", _class_titles(top)
-    if not path.is_file() or not _is_inside(path, top):
+    if not path.is_file() or not is_inside(path, top):
         return {}
     with open(path, encoding="utf-8", errors="replace", newline="") as lines:
         return {row["ImageId"]: titles.get(row["PredictionString"].split(" ")[0], "")
@@ -516,7 +516,7 @@ class TextEncoder:
         self.dim = network.config.d_model
 
     def tokenize(self, captions: list[str]):
-        return self.tokenizer([_unicode(caption) for caption in captions], return_tensors="pt", padding=True,
+        return self.tokenizer([unicode(caption) for caption in captions], return_tensors="pt", padding=True,
                               truncation=True, max_length=self.max_tokens)
 
     def fingerprint(self) -> str:
@@ -529,7 +529,7 @@ class TextEncoder:
         return digest.hexdigest()
 
     def is_cut(self, caption: str) -> bool:
-        return len(self.tokenizer(_unicode(caption))["input_ids"]) > self.max_tokens
+        return len(self.tokenizer(unicode(caption))["input_ids"]) > self.max_tokens
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1447,7 +1447,7 @@ def save_png(image: Image.Image, path: Path, settings: dict | None = None):
     """Writes a PNG in one move, with settings as text chunks (Image.open(path).text reads them)."""
     info = PngImagePlugin.PngInfo()
     for name, value in (settings or {}).items():
-        info.add_itxt(name, _unicode(str(value)))
+        info.add_itxt(name, unicode(str(value)))
     with atomic(path) as partial:
         image.save(partial, "PNG", pnginfo=info)
 

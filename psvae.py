@@ -568,6 +568,7 @@ def write_latents(cfg: Config):
     """
     final, work = Path(cfg.out) / "latents", Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:
+        run.barrier()                                  # rank 0 may still be writing the last psvae.pt
         model, checkpoint = load_psvae(Path(cfg.out) / "psvae.pt", run.device)
         folders = data.read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
         folders = folders if folders[0] is not folders[1] else folders[:1]  # a tiny folder holds nothing out

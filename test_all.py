@@ -8,6 +8,7 @@ notes/mutants.py breaks each equation on purpose and sees its test go red.
 """
 
 import ast
+import collections
 import contextlib
 import csv
 import gc
@@ -43,7 +44,8 @@ import dit
 import psvae
 import sample
 import svae
-from notes import bench, convert, emoji, full_path, guide_vs_paper, lab, off_manifold, pretrain_tiny, schedule, ship
+from notes import bench, convert, editbench, emoji, full_path, geneval, guide_vs_paper, judge, lab, off_manifold
+from notes import pretrain_tiny, schedule, ship
 
 torch.set_num_threads(2)
 HERE = Path(data.__file__).parent
@@ -141,17 +143,8 @@ def encoders(tmp_path_factory):
     """Untrained encoders of the true architectures, saved as transformers saves them:
     (image folder, text folder)."""
     from notes import pretrain_tiny
-    from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
     top = tmp_path_factory.mktemp("encoders")
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=28,
-                             patch_size=14)).save_pretrained(top / "image")
-    tokenizer = pretrain_tiny.build_tokenizer(
-        ["a red circle above a blue square", "make the star green"] * 3, 400)
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2,
-                            num_layers=2, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-                            decoder_start_token_id=0)).save_pretrained(top / "text")
-    tokenizer.save_pretrained(top / "text")
+    pretrain_tiny.untrained_encoders(top)
     return str(top / "image"), str(top / "text")
 
 
@@ -2322,6 +2315,101 @@ def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The built-in world and its judge
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val", "heldout"])
+def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_are_in_one_split_alone(split):
+    from notes import world
+    for k in range(200):
+        scene = world.scene(k, split)
+        assert 1 <= len(scene.objects) <= 4 and world.legal(scene.objects)
+        assert all(o.x % world.LATTICE == 0 == o.y % world.LATTICE for o in scene.objects)
+        held_out = any((o.colour, o.shape) in world.HELD_OUT for o in scene.objects)
+        assert held_out == (split == "heldout") and scene == world.scene(k, split)
+
+
+@pytest.mark.parametrize("kind", editbench.KINDS)
+def test_an_edit_of_the_world_leaves_all_that_it_does_not_name(kind):
+    from notes import world
+    edits = [edit for edit in map(world.edit, range(140)) if edit[3] == kind]
+    assert len(edits) >= 10
+    for before, text, after, _ in edits:
+        assert (before.background == after.background) == (kind != "background")
+        if kind in ("add", "remove"):
+            more, less = (after, before) if kind == "add" else (before, after)
+            assert set(less.objects) < set(more.objects)
+        else:
+            assert len(before.objects) == len(after.objects)
+            names = {"replace": {"shape", "colour"}, "recolour": {"colour"}, "restyle": {"style"},
+                     "resize/move": {"size", "x", "y"}, "background": set()}[kind]
+            changed = [{name for name in vars(o) if getattr(o, name) != getattr(p, name)}
+                       for o, p in zip(before.objects, after.objects)]
+            assert all(part <= names for part in changed) and any(changed) == (kind != "background")
+
+
+def test_the_judge_reads_true_pictures_and_refuses_spoiled_ones():
+    truths = [judge.scene(judge.START + k, ("train", "heldout")[k % 2]) for k in range(60)]
+    facts, whole, _ = judge.measure([judge.draw(truth) for truth in truths], truths)
+    assert whole == 1 and facts == 1
+    rng = judge.generator("test")
+    for kind in ("blurred", "half-blended", "off-palette", "noise"):
+        assert sum(judge.read(judge.spoil(kind, judge.START + k, rng)) is not None for k in range(30)) <= 1
+
+
+def test_geneval_asks_553_prompts_and_a_perfect_painter_meets_them_all():
+    from notes import world
+    asked = geneval.prompts()
+    assert collections.Counter(row["task"] for row in asked) == geneval.TASKS and len(asked) == 553
+    asked = asked[::12]
+    true = {row["text"]: schedule.true_picture(row["requirement"], world.generator("test", row["text"]))
+            for row in asked}
+    perfect = geneval.evaluate(lambda texts, seed: np.stack([true[text] for text in texts]), asked, n=1)
+    assert perfect["overall"]["score"] == 1 and perfect["unreadable"] == 0
+    other = asked[1:] + asked[:1]
+    wrong = {row["text"]: true[next_row["text"]] for row, next_row in zip(asked, other)}
+    assert geneval.evaluate(lambda texts, seed: np.stack([wrong[text] for text in texts]), asked,
+                            n=1)["overall"]["score"] < 0.2
+
+
+def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_nothing():
+    asked = editbench.triples("val", 21) + editbench.triples("heldout", 21)
+    answers = iter([editbench.draw(t["target"]) for t in asked])
+    right = editbench.evaluate(lambda sources, texts, seed: np.stack([next(answers) for _ in texts]), asked)
+    copied = editbench.evaluate(lambda sources, texts, seed: sources, asked)
+    for split in ("seen", "heldout"):
+        assert right[split]["both"]["score"] == 1
+        assert copied[split]["obeyed"]["score"] == 0 and copied[split]["kept"]["score"] > 0.9
+
+
+def test_features_at_objects_are_interpolated_between_the_patches_around_their_centres():
+    from notes import world
+    side = torch.arange(4.0)
+    tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1).flatten(0, 1)     # (x, y) of a patch
+    tokens = torch.cat([torch.full((1, 2), 99.0), tokens])[None].repeat(2, 1, 1)
+    thing = lambda x, y: world.Object("star", "red", "small", "filled", x, y)
+    found = pretrain_tiny.at_objects(tokens, [[thing(8, 40), thing(16, 48)], [thing(30, 24)]])
+    torch.testing.assert_close(found, torch.tensor([[0, 2], [0.5, 2.5], [30 / 16 - 0.5, 1]]))
+
+
+def test_the_read_out_finds_what_is_in_the_features_and_only_that(world):
+    folder, held_out = data.read_folder("", out=str(world.parent))
+    sides = [(data.Pictures(part, 64), pretrain_tiny.objects_of(part)) for part in (folder, held_out)]
+    assert [len(objects) for _, objects in sides] == [120, 5]
+
+    class Seeing:                                       # features that hold the colours around, and no shape
+        mean = torch.zeros(1)
+
+        def tokens(self, x):
+            colour = F.avg_pool2d(x, 16).flatten(2).transpose(1, 2)
+            return torch.cat([torch.zeros(len(x), 1, 3), colour], 1)
+
+    shares = pretrain_tiny.read_out(Seeing(), sides[0], sides[0])
+    assert set(shares) == set(lab.world.LOOK) and shares["colour"] > 2 / 8 > 1 / 6 and shares["shape"] < 0.6
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The notebook
 # ------------------------------------------------------------------------------------------------------------
 
@@ -2363,12 +2451,11 @@ def test_without_matplotlib_a_figure_is_left_out_and_said(module, monkeypatch, c
     assert "pip install matplotlib" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [off_manifold, schedule])
-def test_what_is_measured_goes_between_the_marks_of_a_page_and_nowhere_else(module, tmp_path):
+def test_what_is_measured_goes_between_the_marks_of_a_page_and_nowhere_else(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     for text in ("one", "two"):
-        module.into_page(page, text)
+        off_manifold.into_page(page, text)
         assert page.read_text() == (f"before\n<!-- measured: begin -->\n\n{text}\n\n"
                                     f"<!-- measured: end -->\nafter\n")
 

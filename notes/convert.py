@@ -12,16 +12,14 @@
                                                  (OmniEdit; each wording is a row); else image or file_name,
                                                  and caption or text
 
-What the hub has as parquet needs pyarrow, which is none of our packages. Where `datasets` is installed, this
-exports it (not run here: it downloads hundreds of GB):
-
-    python -c "import json, datasets as d; [([r[c].convert('RGB').save(f'{i}_{c}.jpg') for c in ('src_img', 'edited_img')], print(json.dumps({'src_img': f'{i}_src_img.jpg', 'edited_img': f'{i}_edited_img.jpg', 'edited_prompt_list': r['edited_prompt_list']}))) for i, r in enumerate(d.load_dataset('TIGER-Lab/OmniEdit-Filtered-1.2M', split='train', streaming=True))]" > rows.jsonl
+What the hub has as parquet (OmniEdit) is not read: save its pictures and a rows.jsonl with the columns above
+by the library `datasets`.
 
 A tar that was cut short gives what stands before the cut. Whatever is left out is counted and named; more than
 --max-broken of it is an error. Nothing outside SRC is read, no name out of a tar is used as a path, and DIR is
 whole or not there. Pictures are not opened here (data.py tells which are broken); those of a folder are linked
 where the file system can (hard links: they take no room), else copied.
-"""  # noqa: E501
+"""
 
 import csv
 import json
@@ -117,7 +115,7 @@ def keep(columns: dict, suffix: str, content: bytes) -> bool:
 def from_prompts(src: Path, skipped: list[str]):
     """InstructPix2Pix's own tree: <name>/prompt.json {"edit"}, <name>/<seed>_0.jpg -> <seed>_1.jpg."""
     for prompt in sorted(src.glob("*/prompt.json")):
-        fields = data.read_json(prompt) if inside(prompt, src) else {}
+        fields = data.read_json(prompt) if data.is_inside(prompt, src) else {}
         for before in sorted(prompt.parent.glob("*_0.jpg")):
             yield str(before.relative_to(src)), {
                 "original_image": str(before.relative_to(src)), "edit_prompt": fields.get("edit"),
@@ -142,10 +140,6 @@ def from_table(path: Path, skipped: list[str]):
                 skipped.append(f"{path.name} row {number}: {error}")
                 continue
             yield f"{path.name} row {number}", columns
-
-
-def inside(path: Path, src: Path) -> bool:
-    return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(src) + os.sep)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,7 +176,7 @@ class Writer:
         if isinstance(value, str):                     # a path of a folder's file
             path = self.src / value
             suffix = path.suffix.lower()
-            if suffix not in data.SUFFIXES or "\0" in value or not inside(path, self.src) \
+            if suffix not in data.SUFFIXES or "\0" in value or not data.is_inside(path, self.src) \
                     or not path.is_file():
                 raise ValueError(f"{value[:200]!r} is not there, no picture, or leaves the folder")
         elif isinstance(value, tuple):
@@ -207,7 +201,7 @@ class Writer:
     def row(self, image, text, source):
         if not isinstance(text, str):
             raise ValueError("no text")
-        row = {"file_name": self.picture(image), "text": data._unicode(text)}
+        row = {"file_name": self.picture(image), "text": data.unicode(text)}
         row |= {"source": self.picture(source)} if source is not None else {}
         self.table.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows += 1
@@ -221,7 +215,7 @@ def samples(src: Path, skipped: list[str]):
                              + (f", but {parquet.name}: parquet has to be exported first "
                                 f"(`python notes/convert.py --help` says how)." if parquet else "."))
     for path in (*tars, *tables):
-        if not path.is_file() or not inside(path, src):
+        if not path.is_file() or not data.is_inside(path, src):
             skipped.append(f"{path.name}: no file, or a link that leaves the folder")
         else:
             yield from (from_tar if path.suffix == ".tar" else from_table)(path, skipped)

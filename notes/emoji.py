@@ -35,7 +35,8 @@ PACKAGES = {   # file: (address, sha512)
         "https://registry.npmjs.org/unicode-emoji-json/-/unicode-emoji-json-0.9.0.tgz",
         "HdrQW/7SdbXUsTd8uTATv7LvQJkCSgbAgRCDCtOhQ6xn3EAx+xZHQtRniOXWJK3ywIqPegkNhP4U4EbuFsiQng=="),
 }
-TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
+TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark",
+         "1f3ff": "dark"}
 PEOPLE = {"1f468": "man", "1f469": "woman", "1f9d1": "person"}
 SIGNS = {"2642": "man", "2640": "woman"}
 HAIR = {"1f9b0": "make the hair red", "1f9b1": "make the hair curly", "1f9b3": "make the hair white",
@@ -51,7 +52,8 @@ def package(name: str, folder: str) -> tarfile.TarFile:
     try:
         content = path.read_bytes() if folder else urllib.request.urlopen(address, timeout=60).read()
     except OSError as error:
-        sys.exit(f"error: {address} could not be read ({error}). Fetch the packages elsewhere and give --packages DIR.")
+        sys.exit(f"error: {address} could not be read ({error}). Fetch the packages elsewhere and give "
+                 f"--packages DIR.")
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != digest:
         sys.exit(f"error: {name} has another checksum than the file that this script knows.")
     return tarfile.open(fileobj=io.BytesIO(content))
@@ -100,7 +102,7 @@ def rows_of(stems: list[str], names: dict[tuple, str]) -> list[dict]:
 
 def build(out: Path, packages: str):
     table = package("unicode-emoji-json-0.9.0.tgz", packages).extractfile("package/data-by-emoji.json")
-    names = {tuple(f"{ord(c):04x}" for c in emoji if f"{ord(c):04x}" not in ("fe0f", "200d")): entry["name"].lower()
+    names = {tuple(f"{ord(c):04x}" for c in emoji if c not in "\ufe0f\u200d"): entry["name"].lower()
              for emoji, entry in json.load(table).items()}
     out.mkdir(parents=True, exist_ok=True)
     stems = []

@@ -100,7 +100,7 @@ class Micro:
                     str(top / "text"), *common]}
         if not (self.reference / "latents").exists():
             shutil.rmtree(self.reference, ignore_errors=True)
-            encoders(top)
+            pretrain_tiny.untrained_encoders(top)
             world.write(self.reference / "world", count=120, workers=1)
             world.write(self.reference / "large/world", count=large, workers=1)
         image, text = data.load_image_encoder(str(top / "image")), data.load_text_encoder(str(top / "text"))
@@ -162,20 +162,6 @@ class Micro:
     def drop(self, out: Path):
         for path in (out, *out.parent.glob(f"{out.name}.*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def encoders(top: Path):
-    """Untrained encoders of the true architectures, as transformers saves them."""
-    from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=28,
-                             patch_size=14)).save_pretrained(top / "image")
-    tokenizer = pretrain_tiny.build_tokenizer(
-        ["a red circle above a blue square", "make the star green"] * 3, 400)
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2,
-                            num_layers=2, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-                            decoder_start_token_id=0)).save_pretrained(top / "text")
-    tokenizer.save_pretrained(top / "text")
 
 
 def equal(a, b) -> bool:
@@ -510,16 +496,20 @@ def signals(micro: Micro, times: int, rng, report, stages=STAGES):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def pair(micro: Micro, stage: str, out: Path) -> list[int]:
-    """Both ranks of a run, as torchrun starts them."""
+def pair(micro: Micro, stage: str, out: Path, late: float = 0.0) -> list[int]:
+    """Both ranks of a run, as torchrun starts them; the one that writes is `late` by so many seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out.with_suffix(".1").mkdir(exist_ok=True)
     pids = []
+    save = data.Run.save
     for rank in range(2):
-        before = lambda: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        def before():
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port))
+            data.Run.save = lambda run, *args, **parts: (
+                (run.main and time.sleep(late)) or save(run, *args, **parts))
         pids.append(fork(PROGRAMS[stage], [*micro.flags[stage], "--out", str(out)],
                          out.with_suffix(".1") / f"{rank}.log", before))
     return pids
@@ -528,8 +518,16 @@ def pair(micro: Micro, stage: str, out: Path) -> list[int]:
 def ranks(micro: Micro, times: int, rng, report, stages=STAGES):
     for stage in stages:
         whole, waits = micro.fresh(stage), []
-        codes = [ended(pid) for pid in pair(micro, stage, whole)]
+        codes = [ended(pid) for pid in pair(micro, stage, whole, late=0.3)]
         assert [code for code, _ in codes] == [0, 0], codes
+        if stage == "psvae":                           # were all latents made with the last psvae.pt?
+            again = micro.fresh(stage)
+            for name in ("psvae.pt", "psvae.csv", "psvae.png"):
+                shutil.copy(whole / name, again / name)
+            codes = [ended(pid) for pid in pair(micro, stage, again)]
+            found = micro.differences(stage, again, whole)
+            assert not found, f"a pair's latents are not of its psvae.pt: {codes}\n{found}"
+            micro.drop(again)
         asked = collections.Counter()
         for number in range(times):
             out = micro.fresh(stage)
@@ -994,7 +992,8 @@ def main(argv=None):
     top, begin, results = args.work or Path(tempfile.mkdtemp()), time.monotonic(), {}
     micro = Micro(top, large=130 if args.short else 3600)
     report = lambda line: print(f"[{time.monotonic() - begin:5.0f} s] {line}", flush=True)
-    report("micro runs, seconds of CPU: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in micro.seconds.items()))
+    report("micro runs, seconds of CPU: "
+           + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in micro.seconds.items()))
     for name in sections:
         times, stages = SHORT[name] if args.short else (args.times, args.stages)
         more = {"every": False} if args.short and name == "kill" else {}

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data                                                                                       # noqa: E402
 from dit import add_noise, dit_loss, noise_schedule, normalise                                    # noqa: E402
 from notes import geneval, judge, world                                                           # noqa: E402
+from notes.off_manifold import into_page                                                          # noqa: E402
 from psvae import frechet_distance                                                                # noqa: E402
 from sample import PRESETS, SHIPPED, Pipeline, ddim, draw, find_model, sampling_times             # noqa: E402
 from sample import Config as SampleConfig                                                         # noqa: E402
@@ -319,14 +320,6 @@ def draw_curves(curves, pipeline: Pipeline, groups: dict, results: dict, losses:
                        label=f"t drawn by {words(schedule)}")
     curves[3].plot(logit(pipeline.alpha_bar[times]), values, "k-", label="Eq. 32, this model")
     curves[3].set(xlabel="log of signal to noise", title="where training looks", ylim=(0, 1.05))
-
-
-def into_page(page: Path, text: str):
-    """Replaces what stands between the page's two marks."""
-    begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-    print(f"wrote {page}")
 
 
 @data.program

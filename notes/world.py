@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 1   # goes up whenever the same index would draw another picture
+VERSION = 2   # goes up whenever the same index would draw another picture
 SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
@@ -49,10 +49,14 @@ COLOURS = {"red": (214, 40, 40), "orange": (255, 136, 20), "yellow": (255, 217, 
 BACKGROUNDS = {"gray": (142, 146, 148), "beige": (228, 218, 160), "pink": (224, 158, 172),
                "teal": (86, 182, 180), "brown": (110, 78, 48), "lavender": (164, 144, 222)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 7.5, "large": 11.0}   # radius of the circle; the other shapes have the same area
+SIZES = {"small": 8.0, "large": 10.5}   # radius of the circle; the other shapes have the same area
 STYLES = ("filled", "outline")
+LOOK = ("shape", "colour", "size", "style")   # all that is to say of an object but its place
 STROKE = 2.75            # width of an outline: leaves even the small star and cross a visible hole
-GAP, MARGIN = 2.5, 2.0   # least distance between two objects, and to the picture's border
+GAP, MARGIN = 2.5, 1.2   # least distance between two objects, and to the picture's border
+# Centres are multiples of this, half a latent cell. On it the tiny image encoder tells the six shapes apart in
+# 98 of 100 cases after 400 steps; with objects anywhere in 28 of 100 (decisions.md).
+LATTICE = 8
 
 # One pair for every shape: each is still seen in seven colours, and each colour on five shapes or all six.
 HELD_OUT = frozenset({("purple", "circle"), ("orange", "square"), ("blue", "triangle"),
@@ -128,10 +132,11 @@ def polygon(shape, size, inset=0.0):
 
 @functools.lru_cache(maxsize=None)
 def room(shape, size):
-    """(left, top, right, bottom, reach): where its centre may be, and the radius of the circle around it."""
+    """(left, top, right, bottom, reach): the outermost points of the lattice where its centre may be, and the
+    radius of the circle around it."""
     corners = polygon(shape, size)
-    low = np.ceil(100 * (MARGIN - corners.min(0))) / 100   # positions have two decimals
-    high = np.floor(100 * (CANVAS - MARGIN - corners.max(0))) / 100
+    low = LATTICE * np.ceil((MARGIN - corners.min(0)) / LATTICE)
+    high = LATTICE * np.floor((CANVAS - MARGIN - corners.max(0)) / LATTICE)
     return (*low.tolist(), *high.tolist(), float(np.linalg.norm(corners, axis=1).max()))
 
 
@@ -142,13 +147,14 @@ def fits(o, others):
         math.hypot(o.x - b.x, o.y - b.y) >= reach + room(b.shape, b.size)[-1] + GAP for b in others)
 
 
-def place(objects, rng, fixed=(), tries=60):
-    """Puts `objects` at free positions, uniformly, beside those already `fixed`; None if there is no room."""
+def place(objects, rng, fixed=()):
+    """Puts `objects` at free points of the lattice beside those already `fixed`; None if there is no room."""
     done = list(fixed)
     for o in objects:
         left, top, right, bottom, _ = room(o.shape, o.size)
-        spots = rng.uniform((left, top), (right, bottom), (tries, 2)).tolist()
-        moved = (replace(o, x=round(x, 2), y=round(y, 2)) for x, y in spots)
+        spots = [(x, y) for x in np.arange(left, right + 1, LATTICE).tolist()
+                 for y in np.arange(top, bottom + 1, LATTICE).tolist()]
+        moved = (replace(o, x=spots[k][0], y=spots[k][1]) for k in rng.permutation(len(spots)))
         found = next((candidate for candidate in moved if fits(candidate, done)), None)
         if found is None:
             return None

@@ -423,6 +423,22 @@ def test_eq_13_the_target_comes_from_the_frozen_encoder_not_the_trained_one(trai
         "the trained encoder has not moved: the test says nothing")
 
 
+def test_held_out_losses_in_unequal_parts_are_those_of_all_pictures_at_once(micro_psvae, encoders):
+    x, frozen = torch.rand(7, 3, 32, 32) * 2 - 1, data.load_image_encoder(encoders[0])
+    losses = [psvae.held_out_losses(micro_psvae, frozen, x, psvae.Config(
+        image_size=32, z_dim=8, lpips_weight=0.0, batch=batch)) for batch in (7, 3)]
+    assert losses[0].keys() == losses[1].keys() == {"loss", "semantic", "pixel", "perceptual", "kl", "psnr"}
+    for name, value in losses[0].items():
+        assert math.isclose(value, losses[1][name], rel_tol=1e-5), name
+
+
+def test_a_fresh_block_of_the_pixel_decoder_is_the_identity_and_still_learns():
+    block, x = psvae.ConvBlock(8), randn(2, 8, 4, 4).float()
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    assert block.body[-1].weight.grad.abs().sum() > 0
+
+
 def group_norm(x, w, name, c):
     groups = min(32, c // 4)
     y = x.reshape(len(x), groups, -1)

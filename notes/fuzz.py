@@ -40,8 +40,9 @@ NUMBERS = ["0", "1", "2", "-1", "-0", "0.5", "1.5", "nan", "inf", "1e-300", "1e9
            "1e400"]
 COSTLY = {"steps", "batch", "count", "width", "depth", "heads", "workers", "n", "T", "image_size", "z_dim",
           "widths", "max_tokens"}
-# Where there is nothing to train on
-NOWHERE = {"dit": ["--out", "nothing"], "convert": [],
+# Where there is nothing to train on; a world that is drawn all the same is a small one
+NOWHERE = {**dict.fromkeys(("data", "svae", "psvae"), ["--data", "nowhere", "--out", "nothing", "--count", "20"]),
+           "dit": ["--out", "nothing"], "convert": [],
            "sample": ["--model", "nothing", "--out", "nothing/x.png"]}
 
 
@@ -77,7 +78,7 @@ def make_ready(micro: reliability.Micro, name: str) -> tuple[Path, list[str]]:
         return out, [*micro.flags[name], "--steps", "1", "--batch", "2", "--out", str(out)]
     return out, {"sample": ["--prompt", "a", "--steps", "1", "-n", "1", "--model", str(out),
                             "--out", str(out / "x.png")],
-                 "data": ["--image-size", "32", "--out", str(out)],
+                 "data": ["--image-size", "32", "--count", "20", "--out", str(out)],
                  "convert": ["--src", str(out), "--out", str(out / "converted")]}[name]
 
 
@@ -91,7 +92,7 @@ def in_process(micro, name: str, lines: int, seed: int, report) -> list[str]:
         data._online = lambda *_: False
         for number in range(lines):
             out, ready = make_ready(micro, name) if rng.random() < 0.1 else (micro.work / "nothing", None)
-            argv = line(rng, name, out, ready or NOWHERE.get(name, ["--data", "nowhere", "--out", "nothing"]))
+            argv = line(rng, name, out, ready or NOWHERE[name])
             said = io.StringIO()
             try:
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -121,7 +122,7 @@ def as_typed(micro, name: str, lines: int, seed: int, report) -> list[str]:
     script = HERE / ("notes/convert.py" if name == "convert" else f"{name}.py")
     for number in range(lines):
         out, ready = make_ready(micro, name) if rng.random() < 0.1 else (micro.work / "nothing", None)
-        argv = line(rng, name, out, ready or NOWHERE.get(name, ["--data", "nowhere", "--out", "nothing"]))
+        argv = line(rng, name, out, ready or NOWHERE[name])
         done = subprocess.run([sys.executable, script, *argv], cwd=micro.work, capture_output=True, text=True,
                               errors="replace", env=os.environ | {"HF_HUB_OFFLINE": "1"})
         codes[done.returncode] += 1

@@ -52,7 +52,6 @@ class Config:
     schedule: str = "scaled_linear"         # scaled_linear (linear in sqrt(beta)) or linear
     beta_start: float = 1e-4                # beta_1
     beta_end: float = 0.02                  # beta_T
-    latent_scale: float = 1.0               # standard deviation of z_0; below 1, every t is noisier
     drop_text: float = 0.1                  # chance that a caption is replaced by "" (for guidance)
     drop_both: float = 0.05                 # share of edit batches without source and text
     edit_fraction: float = 0.3              # share of batches that are edits, where there are any
@@ -78,9 +77,9 @@ class Config:
 
     def __post_init__(self):
         data.check(self, max_tokens=(1, 4096), width=(2, 65536), depth=(1, 1000), heads=(1, 1000),
-                   T=(1, 100_000), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999),
-                   latent_scale=(1e-3, 1e3), drop_text=(0, 1), drop_both=(0, 1), edit_fraction=(0, 1),
-                   steps=(1, 1e9), batch=(1, 1e6), micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10), warmup=(0, 1e9),
+                   T=(1, 100_000), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999), drop_text=(0, 1),
+                   drop_both=(0, 1), edit_fraction=(0, 1), steps=(1, 1e9), batch=(1, 1e6),
+                   micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10), warmup=(0, 1e9),
                    clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512), max_broken=(0, 1), log_every=(1, 1e9),
                    eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
@@ -93,9 +92,9 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=8000,
-                 latent_scale=0.4, edit_fraction=0.25, batch=64, learning_rate=1e-3, warmup=100, ema=0.999,
-                 precision="fp32", compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=9000,
+                 edit_fraction=0.25, batch=64, learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32",
+                 compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }
 
 
@@ -298,8 +297,8 @@ def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> to
 
 
 def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """Every channel to mean 0, variance 1 (with --latent-scale s, which divides `variance` by s^2: to s^2):
-    Eq. 22 mixes z_0 with noise of variance 1, and latents are not N(0, I)."""
+    """Every channel to mean 0, variance 1: Eq. 22 mixes z_0 with noise of variance 1,
+    and latents are not N(0, I)."""
     return (z - mean) / variance.sqrt()
 
 
@@ -526,9 +525,6 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         if not captions and not edits:
             raise data.UserError(f"{run.out}/latents has no rows to train on.")
         shape = {"grid": meta["grid"], "z_dim": meta["z_dim"], "d_text": texts.dim}
-        # normalise() divides by these: z_0 then has a standard deviation of latent_scale in each channel
-        statistics = {"mean": meta["mean"],
-                      "variance": [v / cfg.latent_scale ** 2 for v in meta["variance"]]}
         run.say(f"stage 3, {cfg.preset} preset on {run.device}: "
                 f"{len(captions):,} captions, {len(edits):,} edits")
 
@@ -548,7 +544,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             data.load_weights(model, checkpoint["model"], path)
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
         alpha_bar = noise_schedule(cfg.T, cfg.beta_start, cfg.beta_end, cfg.schedule).to(run.device)
-        mean, variance = (torch.tensor(part, device=run.device) for part in statistics.values())
+        mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
         held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
         held_out = {prefix: held_out_batch(run, latents, rows, mean, variance)
                     for prefix, rows in held_out.items() if rows}
@@ -611,7 +607,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
                 run.log(done, rate)
             if done % cfg.save_every == 0 or last or stopping:
                 run.save(done, rate, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(),
-                         shape=shape, **statistics, edits=len(edits),
+                         shape=shape, mean=meta["mean"], variance=meta["variance"], edits=len(edits),
                          psvae_fingerprint=meta["fingerprint"], text_fingerprint=texts.fingerprint)
             if stopping and not last:
                 raise data.Stopped(run.stop)

@@ -1702,19 +1702,6 @@ def test_a_hostile_or_damaged_checkpoint_is_refused_with_a_reason_and_left_alone
             and not (out / "executed").exists())
 
 
-def test_latent_scale_is_the_deviation_of_what_the_dit_learns_and_travels_in_its_checkpoint(trained):
-    checkpoint, meta = state(trained / "dit.pt"), json.loads((trained / "latents/meta.json").read_text())
-    scale = checkpoint["config"]["latent_scale"]
-    assert scale == dit.PRESETS["tiny"]["latent_scale"] != 1 and checkpoint["mean"] == meta["mean"]
-    assert checkpoint["variance"] == pytest.approx([v / scale ** 2 for v in meta["variance"]])
-    held_out = sum('"held_out"' in line for line in open(trained / "latents/rows.jsonl"))
-    mu = torch.from_numpy(np.load(trained / "latents/mu.npy").astype("f8"))[:120]
-    log_var = torch.from_numpy(np.load(trained / "latents/log_var.npy").astype("f8"))[:120]
-    z = psvae.reparameterize(mu, log_var, randn(*mu.shape))
-    z_0 = dit.normalise(z, *(torch.tensor(checkpoint[name]).double() for name in ("mean", "variance")))
-    assert held_out and torch.allclose(z_0.flatten(0, 2).std(0), torch.tensor(scale).double(), rtol=0.1)
-
-
 @pytest.mark.parametrize("key", ["encoder_description", "model", "config"])
 def test_latents_are_not_made_with_a_psvae_that_lacks_a_part(key, copy, refused):
     out = copy("psvae.pt")

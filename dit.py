@@ -92,7 +92,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=9000,
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=7000,
                  edit_fraction=0.25, batch=64, learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32",
                  compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }

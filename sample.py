@@ -17,6 +17,7 @@ Reads psvae.pt and dit.pt of out/, at any time during training, or the shipped t
 Writes out/sample.png, a row for each prompt, with prompts, settings and seed in the PNG's text chunks.
 """
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -51,6 +52,8 @@ class Config:
         data.check_choice(self, device=("auto", "cpu", "cuda"))
         if not self.prompt:
             raise data.UserError('--prompt is missing; for example: python sample.py --prompt "a red circle"')
+        if not Path(self.out).name or os.path.isdir(self.out):
+            raise data.UserError(f"--out {self.out!r}: a file is needed, for example out/sample.png.")
 
 
 PRESETS = {                                 # by the preset of dit.pt

@@ -1709,6 +1709,13 @@ def test_latents_are_not_made_with_a_psvae_that_lacks_a_part(key, copy, refused)
     assert f"psvae.pt lacks {key}" in refused(psvae.main, "--out", out)
 
 
+@pytest.mark.parametrize("out", ["", ".", "..", "/", "folder"])
+def test_sample_refuses_an_out_that_is_no_file_before_it_draws(out, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert f"--out {out!r}: a file is needed" in refused(sample.main, "--prompt", "a", "--out", out)
+
+
 @pytest.mark.parametrize("file, key",
                          [("dit.pt", key) for key in ("ema", "shape", "psvae_fingerprint", "text_fingerprint",
                                                                "mean", "variance", "edits", "config")])

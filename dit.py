@@ -12,14 +12,14 @@ Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architectur
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: 38 minutes on one CPU core
+    python dit.py                         reads out/latents; tiny: 40 minutes on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
 out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again,
 it goes on.
-Expect (tiny, seed 0): loss 0.17 after 1,500 steps, 0.15 after 4,500; then backgrounds and
-colours follow the prompt, shapes not yet.
+Expect (tiny, seed 0): loss 0.22 after 1,000 steps, 0.18 after 4,000, 0.15 after 7,000; then backgrounds,
+colours and shapes follow the prompt, number and place not yet.
 """
 
 import contextlib

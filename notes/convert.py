@@ -5,8 +5,8 @@
     SRC holds                                    what becomes a row
     *.tar (img2dataset, WebDataset)              key.jpg with key.txt, or with "caption" in key.json
     the same with key.src_img.jpg and so on      an edit, columns as below
-    */prompt.json beside <seed>_0.jpg, _1.jpg    an edit: InstructPix2Pix's own download; its seeds.json is not
-                                                 needed
+    */prompt.json beside <seed>_0.jpg, _1.jpg    an edit: InstructPix2Pix's own download (its seeds.json is
+                                                 not needed)
     *.jsonl or *.csv with paths of pictures      an edit: original_image, edit_prompt, edited_image
                                                  (InstructPix2Pix) or src_img, edited_prompt_list, edited_img
                                                  (OmniEdit; each wording is a row); else image or file_name,
@@ -15,10 +15,10 @@
 What the hub has as parquet (OmniEdit) is not read: save its pictures and a rows.jsonl with the columns above
 by the library `datasets`.
 
-A tar that was cut short gives what stands before the cut. Whatever is left out is counted and named; more than
---max-broken of it is an error. Nothing outside SRC is read, no name out of a tar is used as a path, and DIR is
-whole or not there. Pictures are not opened here (data.py tells which are broken); those of a folder are linked
-where the file system can (hard links: they take no room), else copied.
+A tar that was cut short gives what stands before the cut. Whatever is left out is counted and named; more
+than --max-broken of it is an error. Nothing outside SRC is read, no name out of a tar is used as a path, and
+DIR is whole or not there. Pictures are not opened here (data.py tells which are broken); those of a folder
+are linked where the file system can (hard links: they take no room), else copied.
 """
 
 import csv
@@ -87,10 +87,11 @@ def from_tar(path: Path, skipped: list[str]):
                 elif not keep(columns, suffix.lower(), tar.extractfile(member).read()):
                     skipped.append(f"{path.name}: {member.name!r} cannot be read as JSON")
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
-        skipped.append(f"{path.name} is cut short or damaged after {key[1] if key else 'nothing'!r} ({error})")
-        return                                         # what came before is kept, the sample at the cut is not
+        after = repr(key[1]) if key else "nothing"
+        skipped.append(f"{path.name} is cut short or damaged after {after} ({error})")
+        return                                        # what came before is kept, the sample at the cut is not
     if cut:
-        skipped.append(f"{path.name} is cut short after {key[1] if key else 'nothing'!r}")
+        skipped.append(f"{path.name} is cut short after {repr(key[1]) if key else 'nothing'}")
     if columns:
         yield f"{path.name}: {key[1]!r}", columns
 

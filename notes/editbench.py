@@ -29,8 +29,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from notes.geneval import add_model_flags, brief, load, phrase, save, summarise              # noqa: E402
 from notes.judge import read                                                                 # noqa: E402
-from notes.world import (CANVAS, COLOURS, KINDS, LOOK, SHAPES, SIZES, STYLES, WORDS, draw, edit,   # noqa: E402
-                         looks_like, relation, room)
+from notes.world import (CANVAS, COLOURS, KINDS, LOOK, SHAPES, SIZES, STYLES, WORDS, draw,   # noqa: E402
+                         edit, looks_like, relation, room)
 
 NEAR = 3.0   # pixels within which an object counts as not moved
 NAMED = {"recolour": ("colour",), "restyle": ("style",), "replace": ("shape", "colour"),

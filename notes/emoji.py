@@ -6,9 +6,9 @@
     python svae.py --data emoji --preset tiny && python psvae.py && python dit.py
     python notes/emoji.py --page page.png --model out  edits of held-out pictures: source | result | truth
 
-Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every picture that has a
-name; an edit (source, instruction, result) for every pair that differs in skin tone alone, in gender alone or in
-hair alone. What is written is a folder with a metadata.jsonl, as data.py reads any other.
+Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every picture that
+has a name; an edit (source, instruction, result) for every pair that differs in skin tone alone, in gender
+alone or in hair alone. What is written is a folder with a metadata.jsonl, as data.py reads any other.
 """
 
 import argparse
@@ -65,7 +65,8 @@ def parts(stem: str) -> dict:
     people = [p for p in points if p in PEOPLE]
     sign = next((SIGNS[p] for p in points if p in SIGNS), None)
     gender = sign or (PEOPLE[people[0]] if len(people) == 1 else "person")
-    role = tuple("person" if p in PEOPLE else p for p in points if p not in SIGNS) if len(people) < 2 else None
+    role = (tuple("person" if p in PEOPLE else p for p in points if p not in SIGNS)
+            if len(people) < 2 else None)
     return {"points": tuple(points), "tones": sorted({p for p in points if p in TONES}),
             "name": tuple(p for p in points if p not in TONES), "gender": gender, "role": role,
             "hair": next((p for p in points if p in HAIR), None),
@@ -144,9 +145,10 @@ def page(path: Path, model: str, folder: str, count: int):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="emoji", help="folder to write (emoji)")
-    parser.add_argument("--packages", default="", help="folder with the two .tgz files, instead of a download")
+    parser.add_argument("--packages", default="", help="folder with the two .tgz files: no download")
     parser.add_argument("--page", default="", help="write a page of edits with a trained model instead")
     parser.add_argument("--model", default="out", help="folder with psvae.pt and dit.pt, for --page (out)")
     parser.add_argument("--count", type=int, default=16, help="edits on the page (16)")

@@ -40,7 +40,7 @@ NUMBERS = ["0", "1", "2", "-1", "-0", "0.5", "1.5", "nan", "inf", "1e-300", "1e9
            "1e400"]
 COSTLY = {"steps", "batch", "count", "width", "depth", "heads", "workers", "n", "T", "image_size", "z_dim",
           "widths", "max_tokens"}
-# Where there is nothing to train on; where a line finds something all the same, it is a small world and a step
+# Where there is nothing to train on; a line that finds something all the same finds a small world and a step
 SMALL = ["--data", "nowhere", "--out", "nothing", "--count", "20"]
 NOWHERE = {"data": SMALL, "svae": [*SMALL, "--steps", "1"], "psvae": [*SMALL, "--steps", "1"],
            "dit": ["--out", "nothing", "--steps", "1"], "convert": [],

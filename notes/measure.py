@@ -37,7 +37,8 @@ def psnr(x_hat: torch.Tensor, x: torch.Tensor, where: torch.Tensor) -> float:
 @data.program
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder with world/, svae.pt and psvae.pt")
     parser.add_argument("--count", type=int, default=1000, help="held-out pictures")
     args = parser.parse_args(argv)
@@ -68,8 +69,8 @@ def main(argv=None):
           f"{share.min():.3f} of the least")
     x, x_hat = data.to_float(x, "cpu"), torch.cat(x_hat)
     edge = near_edges(x)
-    print(f"PS-VAE, from mu, {len(x):,} pictures: {psnr(x_hat, x, torch.ones_like(edge)):.2f} dB; within 3 pixels "
-          f"of an edge {psnr(x_hat, x, edge):.2f}, elsewhere {psnr(x_hat, x, ~edge):.2f}")
+    print(f"PS-VAE, from mu, {len(x):,} pictures: {psnr(x_hat, x, torch.ones_like(edge)):.2f} dB; "
+          f"within 3 pixels of an edge {psnr(x_hat, x, edge):.2f}, elsewhere {psnr(x_hat, x, ~edge):.2f}")
 
 
 if __name__ == "__main__":

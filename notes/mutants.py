@@ -39,7 +39,8 @@ EXPLAINED = {
     ("psvae", "forward", "recompute(level, x, use_reentrant=False)  ->  without use_reentrant"):
         "chooses between two implementations of the same recomputation; torch warns where it is left out",
     ("dit", "denoise",
-     "recompute(block, h, modulation, k, v, mask, use_reentrant=False)  ->  without use_reentrant"): "as above",
+     "recompute(block, h, modulation, k, v, mask, use_reentrant=False)  ->  without use_reentrant"):
+        "as above",
     ("dit", "noise_schedule", "torch.ones(1, dtype=torch.float64)  ->  without dtype"):
         "torch.cat with float64 gives float64",
     ("dit", "timestep_embedding", "torch.arange(d // 2, device=t.device, "

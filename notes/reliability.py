@@ -424,7 +424,8 @@ def kill(micro: Micro, times: int, rng, report, stages=STAGES, every=True):
         report(f"kill -9, {stage}: {times} random moments in {runs} runs, all as if undisturbed")
         planted = {} if stage == "latents" else PLANTED
         if not every:                                  # the short form
-            planted = {name: moment for name, moment in PLANTED.items() if "middle" in name and stage == "dit"}
+            planted = {name: moment for name, moment in PLANTED.items()
+                       if "middle" in name and stage == "dit"}
         for name, moment in planted.items():
             lives(micro, stage, [moment], rng, report)
         if planted:

@@ -54,8 +54,8 @@ STYLES = ("filled", "outline")
 LOOK = ("shape", "colour", "size", "style")   # all that is to say of an object but its place
 STROKE = 2.75            # width of an outline: leaves even the small star and cross a visible hole
 GAP, MARGIN = 2.5, 1.2   # least distance between two objects, and to the picture's border
-# Centres are multiples of this, half a latent cell. On it the tiny image encoder tells the six shapes apart in
-# 98 of 100 cases after 400 steps; with objects anywhere in 28 of 100 (decisions.md).
+# Centres are multiples of this, half a latent cell. On it the tiny image encoder tells the six shapes apart
+# in 98 of 100 cases after 400 steps; with objects anywhere in 28 of 100 (decisions.md).
 LATTICE = 8
 
 # One pair for every shape: each is still seen in seven colours, and each colour on five shapes or all six.

@@ -7,12 +7,12 @@ the text is then an instruction. This file never sees a pixel: sample.py decodes
 
 Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
 
-    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps_hat
-    source, if any -> the same + type, 256 more tokens   ^   ^               ^               (B,16,16,96)
-    t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
+    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> v -> eps_hat
+    source, if any -> the same + type, 256 more tokens   ^   ^               ^              of z_t and v
+    t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'             (B,16,16,96)
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: 40 minutes on 2 CPU cores
+    python dit.py                         reads out/latents; tiny: an hour on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
@@ -55,6 +55,7 @@ class Config:
     drop_text: float = 0.1                  # chance that a caption is replaced by "" (for guidance)
     drop_both: float = 0.05                 # share of edit batches without source and text
     edit_fraction: float = 0.3              # share of batches that are edits, where there are any
+    max_weight: float = 1.0                 # noisy t weigh min(1 / alpha_bar_t, this); 1: Eq. 32 as it is
     steps: int = 400_000                    # optimisation steps
     batch: int = 256                        # latents a step, over all processes
     micro_batches: int = 1                  # gradient accumulation: parts that a process cuts its batch into
@@ -78,10 +79,10 @@ class Config:
     def __post_init__(self):
         data.check(self, max_tokens=(1, 4096), width=(2, 65536), depth=(1, 1000), heads=(1, 1000),
                    T=(1, 100_000), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999), drop_text=(0, 1),
-                   drop_both=(0, 1), edit_fraction=(0, 1), steps=(1, 1e9), batch=(1, 1e6),
-                   micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10), warmup=(0, 1e9),
-                   clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512), max_broken=(0, 1), log_every=(1, 1e9),
-                   eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
+                   drop_both=(0, 1), edit_fraction=(0, 1), max_weight=(1, 1e9), steps=(1, 1e9),
+                   batch=(1, 1e6), micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10),
+                   warmup=(0, 1e9), clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512), max_broken=(0, 1),
+                   log_every=(1, 1e9), eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
                           schedule=("scaled_linear", "linear"), size=("", *SIZES))
         if self.width % self.heads:
@@ -92,9 +93,9 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=7000,
-                 edit_fraction=0.25, batch=64, learning_rate=1e-3, warmup=100, ema=0.999, precision="fp32",
-                 compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=10600,
+                 edit_fraction=0.25, max_weight=20.0, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
+                 precision="fp32", compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }
 
 
@@ -235,17 +236,23 @@ def zero_linear(d_in: int, d_out: int) -> nn.Linear:
 
 
 class DiT(nn.Module):
-    """eps_theta(z_t, t, c[, source]). A fresh one predicts 0 everywhere.
+    """eps_theta(z_t, t, c[, source]), made of what z_t alone says about eps and of what the network adds.
+
+    Eq. 22 turned round: eps = sqrt(1 - alpha_bar_t) z_t + sqrt(alpha_bar_t) v, with the v of Salimans and Ho
+    (2022). The first part is the best guess without looking, as latents have mean 0 and variance 1; only v
+    comes from the blocks, which then need not copy the noise through and learn twice as fast (decisions.md).
+    A fresh network has v = 0.
 
     Args of forward: z_t (B, h, w, z_dim) normalised latents with noise; t (B,) in 1 .. T; c (B, L, d_text)
     text embeddings and mask (B, L), True at tokens; source (B, h, w, z_dim) normalised clean latents of the
-    picture to edit, or None. Returns eps_hat (B, h, w, z_dim).
+    picture to edit, or None. Returns eps_hat (B, h, w, z_dim); with alpha_bar = None v alone.
     """
 
     def __init__(self, grid: int, z_dim: int, d_text: int, width: int, depth: int, heads: int,
-                 checkpointing=False):
+                 alpha_bar: torch.Tensor | None, checkpointing=False):
         super().__init__()
         self.grid, self.checkpointing = grid, checkpointing
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)      # of noise_schedule
         self.embed = nn.Linear(z_dim, width)
         self.position = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
         self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # tells source tokens from z_t's
@@ -259,10 +266,13 @@ class DiT(nn.Module):
         return self.denoise(z_t, self.modulations(t), self.keys_values(c), mask, source)
 
     def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """All that depends on t alone: one (B, 9 D) for each block and (B, 2 D) for the head."""
+        """All that depends on t alone: one (B, 9 D) for each block, (B, 2 D) for the head, and the shares
+        (B, 2) of z_t and v in eps_hat."""
         # Eq. 25: t_emb = MLP(...)
         t_emb = self.time(timestep_embedding(t, 256))                       # (B, D)
-        return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb)]
+        ab = t.new_ones(t.shape) if self.alpha_bar is None else self.alpha_bar[t]
+        shares = torch.stack([1 - ab, ab], dim=-1).sqrt().float()
+        return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb), shares]
 
     def keys_values(self, c: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """All that depends on the text alone: (K, V) for each block; sampling needs it once for all steps."""
@@ -280,9 +290,12 @@ class DiT(nn.Module):
                 h = recompute(block, h, modulation, k, v, mask, use_reentrant=False)
             else:
                 h = block(h, modulation, k, v, mask)
-        scale, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
+        *_, head, shares = modulations
+        scale, beta = head.unflatten(-1, (2, 1, -1)).unbind(1)
         h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # the source tokens' part is done
-        return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))    # (B, h, w, z_dim)
+        v = self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))         # (B, h, w, z_dim)
+        share_z_t, share_v = shares.to(z_t.dtype).unflatten(1, (2, 1, 1, 1)).unbind(1)      # (B, 1, 1, 1)
+        return share_z_t * z_t + share_v * v
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,10 +315,14 @@ def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> to
     return (z - mean) / variance.sqrt()
 
 
-def dit_loss(eps: torch.Tensor, eps_hat: torch.Tensor) -> torch.Tensor:
-    """Eq. 32 for a batch: the mean over all elements (the guide's norm sums over them: the same minimum)."""
+def dit_loss(eps: torch.Tensor, eps_hat: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Eq. 32 for a batch: the mean over all elements (the guide's norm sums over them: the same minimum).
+
+    eps, eps_hat (B, ...); weight (B,) of each latent (1 / alpha_bar_t would make it the error of v), or the
+    guide's 1.
+    """
     # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2
-    return F.mse_loss(eps_hat, eps)
+    return (weight * (eps - eps_hat).square().flatten(1).mean(1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -490,8 +507,9 @@ def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Conf
 def build(config: dict, shape: dict) -> DiT:
     """The network of a config as plain types;
     shape holds grid, z_dim, d_text, which came with the latents and texts."""
+    alpha_bar = noise_schedule(config["T"], config["beta_start"], config["beta_end"], config["schedule"])
     return DiT(shape["grid"], shape["z_dim"], shape["d_text"], config["width"], config["depth"],
-               config["heads"], config["checkpointing"])
+               config["heads"], alpha_bar, config["checkpointing"])
 
 
 def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
@@ -553,7 +571,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
         for prefix, (z_0, *rest) in held_out.items():
             z_t, c, mask, source = (None if part is None else part[:1] for part in (z_0, *rest))
-            one = z_t, torch.ones(1, device=run.device), c, mask, source
+            one = z_t, torch.ones(1, dtype=torch.long, device=run.device), c, mask, source
             run.count_flops(model, lambda: model(*one).sum(), share if prefix else 1 - share)
         if cfg.compile and run.device.type == "cuda":
             model.compile()
@@ -575,14 +593,16 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
             z_t = add_noise(z_0, t, eps, alpha_bar)                         # (B, h, w, z_dim)
 
+            weight = (1 / alpha_bar[t]).clamp(max=cfg.max_weight).float()   # (B,), all 1 by default
+
             total = {"loss": 0}
             parts = [(part.chunk(cfg.micro_batches) if part is not None else [None] * cfg.micro_batches)
-                     for part in (z_t, t, c, mask, source, eps)]
-            for z_t_part, t_part, c_part, mask_part, source_part, eps_part in zip(*parts):
+                     for part in (z_t, t, c, mask, source, eps, weight)]
+            for z_t_part, t_part, c_part, mask_part, source_part, eps_part, weight_part in zip(*parts):
                 with run.autocast():
                     eps_hat = model(z_t_part, t_part, c_part, mask_part, source_part)
                 # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2
-                loss = dit_loss(eps_part, eps_hat) / cfg.micro_batches
+                loss = dit_loss(eps_part, eps_hat, weight_part) / cfg.micro_batches
                 loss.backward()
                 total["loss"] += loss.detach()
             run.average([p.grad for p in model.parameters()])

@@ -44,7 +44,8 @@ import dit
 import psvae
 import sample
 import svae
-from notes import bench, convert, editbench, emoji, full_path, geneval, guide_vs_paper, judge, lab, off_manifold
+from notes import bench, convert, editbench, emoji, full_path, geneval, guide_vs_paper, judge, lab
+from notes import off_manifold
 from notes import pretrain_tiny, schedule, ship
 
 torch.set_num_threads(2)
@@ -134,7 +135,7 @@ def stage(request):
 COMMON = ("--steps 7 --batch 48 --warmup 2 --log-every 2 --eval-every 5 --save-every 4 "
           "--workers 0 --device cpu").split()
 SVAE = ["--preset", "tiny", "--image-size", "32", "--z-dim", "8", "--count", "120", *COMMON]
-PSVAE = ["--widths", "8,8,8,8", *COMMON]
+PSVAE = ["--widths", "8,8,8,8", "--latents", "both", *COMMON]
 DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *COMMON]
 
 
@@ -643,9 +644,12 @@ def test_eq_23_ddim_with_eta_1_and_all_steps_is_the_ddpm_posterior(t):
 # ------------------------------------------------------------------------------------------------------------
 
 
+ALPHA_BAR = dit.noise_schedule(1000, 1e-4, 0.02)
+
+
 def micro_dit(depth=2, seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = dit.DiT(grid=2, z_dim=3, d_text=5, width=12, depth=depth, heads=2, **kwargs)
+    model = dit.DiT(grid=2, z_dim=3, d_text=5, width=12, depth=depth, heads=2, alpha_bar=ALPHA_BAR, **kwargs)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
@@ -685,7 +689,7 @@ def test_eq_24_source_tokens_have_the_same_positions_and_their_own_type():
     out = model(z, t, c, mask, source)
     assert out.shape == z.shape and not torch.allclose(out, model(z, t, c, mask), atol=1e-3)
     z = torch.randn(2, 3, 3, 3)
-    assert dit.DiT(grid=3, z_dim=3, d_text=5, width=12, depth=1, heads=2)(z, t, c, mask, z).shape == z.shape
+    assert dit.DiT(3, 3, 5, width=12, depth=1, heads=2, alpha_bar=None)(z, t, c, mask, z).shape == z.shape
 
 
 def test_eq_25_timestep_embedding():
@@ -702,11 +706,14 @@ def test_eq_25_its_mlp_is_linear_silu_linear():
     model, t = micro_dit(), torch.tensor([3, 400])
     w, e = weights(model), dit.timestep_embedding(t, 256).numpy()
     t_emb = linear(silu(linear(e, w, "time.0")), w, "time.2")
-    *blocks, head = model.modulations(t)
+    *blocks, head, shares = model.modulations(t)
     same(head, linear(silu(t_emb), w, "head_modulation.1"), 1e-4)
     for i, block in enumerate(blocks):
         same(block, linear(silu(t_emb), w, f"blocks.{i}.modulation.1"), 1e-4)
     assert len(blocks) == 2
+    same(shares, [[(1 - ALPHA_BAR[i]) ** 0.5, ALPHA_BAR[i] ** 0.5] for i in (3, 400)], 1e-6)
+    model.alpha_bar = None                                                  # then v is all there is
+    same(model.modulations(t)[-1], [[0, 1], [0, 1]])
 
 
 def test_eq_26_text_is_encoded_by_a_frozen_encoder_and_padding_is_never_read(encoders):
@@ -794,23 +801,32 @@ def test_eq_31_each_of_the_three_residuals_has_its_own_gate():
     same(block(h, torch.zeros_like(modulation), k, v, mask), h)             # gates of 0: nothing is added
 
 
-def test_eq_31_a_fresh_block_is_the_identity_and_a_fresh_dit_predicts_zero():
+def test_eq_31_a_fresh_block_is_the_identity_and_a_fresh_dit_guesses_from_z_t_alone():
     torch.manual_seed(0)
     block = dit.DiTBlock(12, 3)
     h, c, t_emb = torch.randn(2, 4, 12), torch.randn(2, 5, 12), torch.randn(2, 12)
     k, v = block.cross.keys_values(c)
     assert torch.equal(block(h, block.modulation(t_emb), k, v, torch.ones(2, 1, 1, 5, dtype=torch.bool)), h)
     z, t, c, mask = micro_batch()
-    assert not dit.DiT(2, 3, 5, 12, 2, 2)(z, t, c, mask).any()
+    assert not dit.DiT(2, 3, 5, 12, 2, 2, None)(z, t, c, mask).any()
+    fresh, share = dit.DiT(2, 3, 5, 12, 2, 2, ALPHA_BAR), (1 - ALPHA_BAR[t]).sqrt()
+    same(fresh(z, t, c, mask), share.view(2, 1, 1, 1) * z, 1e-6)
+    z_0, eps = randn(100_000, 1), randn(100_000, 1, seed=1)              # the best multiple of z_t there is
+    z_t = dit.add_noise(z_0, t[:1].expand(100_000), eps, ALPHA_BAR)
+    same((z_t * eps).mean() / (z_t * z_t).mean(), share[0], 1e-2)
 
 
-def test_eq_24_to_31_the_head_is_adaln_and_linear():
+def test_eq_24_to_31_the_head_is_adaln_and_linear_and_gives_the_v_that_makes_eps_of_z_t():
     model, (z, t, c, mask) = micro_dit(depth=0), micro_batch()
     w = weights(model)
     h = linear(z.numpy().reshape(2, 4, 3), w, "embed") + w["position"]
-    gamma, beta = np.split(model.modulations(t)[-1].detach().numpy()[:, None], 2, -1)
-    same(model(z, t, c, mask), linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3),
-         1e-4)
+    gamma, beta = np.split(model.modulations(t)[0].detach().numpy()[:, None], 2, -1)
+    v = linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3)
+    ab = ALPHA_BAR[t].numpy()[:, None, None, None]
+    same(model(z, t, c, mask), np.sqrt(1 - ab) * z.numpy() + np.sqrt(ab) * v, 1e-4)
+    z_0, eps = randn(2, 2, 2, 3, seed=5).numpy(), randn(2, 2, 2, 3, seed=6).numpy()
+    z_t, v = np.sqrt(ab) * z_0 + np.sqrt(1 - ab) * eps, np.sqrt(ab) * eps - np.sqrt(1 - ab) * z_0
+    same(torch.from_numpy(np.sqrt(1 - ab) * z_t + np.sqrt(ab) * v), eps)    # so no eps is out of reach
 
 
 def test_eq_24_to_31_recomputing_activations_changes_no_gradient():
@@ -831,6 +847,16 @@ def test_eq_32_loss_is_the_mean_squared_error_of_the_noise():
     eps, eps_hat = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1)
     same(dit.dit_loss(eps, eps_hat), ((eps.numpy() - eps_hat.numpy()) ** 2).mean())
     same(gradient(lambda e: dit.dit_loss(eps, e), eps_hat)[0], 2 * (eps_hat - eps).numpy() / 24)
+
+
+def test_eq_32_weighted_by_1_over_alpha_bar_is_the_error_of_v():
+    z_0, eps, eps_hat, t = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1), randn(2, 2, 2, 3, seed=2), [30, 700]
+    ab = ALPHA_BAR[t].view(2, 1, 1, 1)
+    z_t = dit.add_noise(z_0, torch.tensor(t), eps, ALPHA_BAR)
+    v, v_hat = ab.sqrt() * eps - (1 - ab).sqrt() * z_0, (eps_hat - (1 - ab).sqrt() * z_t) / ab.sqrt()
+    same(dit.dit_loss(eps, eps_hat, 1 / ab.flatten()), ((v - v_hat) ** 2).mean())
+    halves = [dit.dit_loss(eps[i:i + 1], eps_hat[i:i + 1]) for i in range(2)]
+    same(dit.dit_loss(eps, eps_hat, torch.tensor([3.0, 5.0])), (3 * halves[0] + 5 * halves[1]) / 2)
 
 
 def test_eq_32_t_is_uniform_over_1_to_T_with_both_ends():
@@ -1210,8 +1236,8 @@ def readable_zoo(folder):
     return {"cmyk.jpg": (255, 0, 0), "deep.png": (128,) * 3, "deep and dark.png": (0,) * 3,
             "bit.png": (255,) * 3, "grey.png": (77,) * 3, "palette.png": (255,) * 3,
             "clear.png": (255, 127, 127), "turned.jpg": (255, 0, 0), "moving.gif": (255, 0, 0),
-            **dict.fromkeys(("dot.png", "long.png", "name with spaces.png",
-                                                        "line\nbreak.png", "картина 画.png"), (200, 30, 40))}
+            **dict.fromkeys(("dot.png", "long.png", "name with spaces.png", "line\nbreak.png",
+                             "картина 画.png"), (200, 30, 40))}
 
 
 def broken_zoo(folder):
@@ -2408,8 +2434,8 @@ def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_no
 
 def test_features_at_objects_are_interpolated_between_the_patches_around_their_centres():
     from notes import world
-    side = torch.arange(4.0)
-    tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1).flatten(0, 1)     # (x, y) of a patch
+    side = torch.arange(4.0)                        # the patches hold their own (x, y), CLS holds 99
+    tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1).flatten(0, 1)
     tokens = torch.cat([torch.full((1, 2), 99.0), tokens])[None].repeat(2, 1, 1)
     thing = lambda x, y: world.Object("star", "red", "small", "filled", x, y)
     found = pretrain_tiny.at_objects(tokens, [[thing(8, 40), thing(16, 48)], [thing(30, 24)]])
@@ -2463,8 +2489,9 @@ def test_a_page_of_the_notebook_says_how_it_was_made_and_is_found_from_the_way_i
     page = (HERE / f"notes/{name}.md").read_text()
     assert f"python notes/{name}.py" in page and f"]({name}.png)" in page
     assert (HERE / f"notes/{name}.png").exists()
-    line = next(line for line in (HERE / "notes/README.md").read_text().splitlines() if f"({name}.md)" in line)
-    assert re.search(r"\*\*.+\*\*", line) and re.search(r"\d", line.split(")", 1)[1])   # a finding, its number
+    lines = (HERE / "notes/README.md").read_text().splitlines()
+    line = next(line for line in lines if f"({name}.md)" in line)
+    assert re.search(r"\*\*.+\*\*", line) and re.search(r"\d", line.split(")", 1)[1])  # a finding, its number
 
 
 @pytest.mark.parametrize("module", [off_manifold, schedule])
@@ -2578,7 +2605,7 @@ def test_the_forced_choice_reads_true_pictures_also_blurred_ones_that_the_judge_
         pictures = [np.asarray(Image.fromarray(lab.world.draw(scene)).filter(soft)) for scene in scenes]
         right = [lab.nearest(picture) == lab.facts(scene) for picture, scene in zip(pictures, scenes)]
         assert np.mean(right) >= least
-    assert len(lab.nearest(np.zeros((64, 64, 3), np.uint8))) == 4           # nothing there: a choice all the same
+    assert len(lab.nearest(np.zeros((64, 64, 3), np.uint8))) == 4  # nothing there: a choice all the same
 
 
 def test_near_edges_are_the_pixels_within_reach_of_a_step_of_colour():
@@ -2636,7 +2663,8 @@ def test_shipped_weights_are_rounded_before_latents_are_made_from_them(copy, tmp
 
 
 def test_emoji_become_captions_and_edits_that_change_one_thing():
-    names = {("1f44b",): "waving hand", ("1f469", "1f680"): "woman astronaut", ("1f468", "1f680"): "man astronaut",
+    names = {("1f44b",): "waving hand", ("1f469", "1f680"): "woman astronaut",
+             ("1f468", "1f680"): "man astronaut",
              ("1f469",): "woman", ("1f469", "1f9b0"): "woman: red hair", ("1f3c3",): "person running",
              ("1f3c3", "2640"): "woman running"}
     stems = ["1f44b", "1f44b-1f3fb", "1f44b-1f3ff", "1f469-200d-1f680", "1f468-200d-1f680", "1f469",
@@ -2648,7 +2676,8 @@ def test_emoji_become_captions_and_edits_that_change_one_thing():
     assert captions["1f44b-1f3ff.webp"] == "waving hand, dark skin tone"
     assert edits == {
         *((f"{a}.webp", f"change the skin tone to {tone}", f"{b}.webp") for a, tone, b in [
-            ("1f44b", "light", "1f44b-1f3fb"), ("1f44b", "dark", "1f44b-1f3ff"), ("1f3c3", "light", "1f3c3-1f3fb"),
+            ("1f44b", "light", "1f44b-1f3fb"), ("1f44b", "dark", "1f44b-1f3ff"),
+            ("1f3c3", "light", "1f3c3-1f3fb"),
             ("1f44b-1f3fb", "dark", "1f44b-1f3ff"), ("1f44b-1f3ff", "light", "1f44b-1f3fb")]),
         ("1f468-200d-1f680.webp", "make it a woman", "1f469-200d-1f680.webp"),
         ("1f469-200d-1f680.webp", "make it a man", "1f468-200d-1f680.webp"),
@@ -2675,7 +2704,8 @@ def test_a_package_of_another_content_is_refused(tmp_path):
 def fire(tmp_path_factory):
     """The harness in its short form, in a process of its own: {section: "held", or what failed}."""
     result = tmp_path_factory.mktemp("fire") / "result.json"
-    process = start(HERE / "notes/reliability.py", "--short", "--json", result, "--work", result.with_name("w"))
+    process = start(HERE / "notes/reliability.py", "--short", "--json", result,
+                    "--work", result.with_name("w"))
     said = process.communicate(timeout=280)[0]
     assert result.exists(), said
     return json.loads(result.read_text())

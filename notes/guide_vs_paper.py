@@ -9,6 +9,8 @@ The guide's PS-VAE with 24 channels (on a CPU stage 1 alone: S-VAE and its featu
     l2 + cosine    the semantic loss is the guide's MSE plus 1 - cosine of f_hat and the target
     flow           stage 3 on the same latents is rectified flow: v = noise - z_0, logit-normal t, shifted by
                    sqrt(C P^2 / 16) (C channels, patch P = 1), and Euler steps instead of DDIM
+    plain head     stage 3 as the guide has it to the letter: the DiT's head gives eps itself, not v
+    weighted       Eq. 32 with t weighted by min(1 / alpha_bar_t, 20), as in the tiny preset of dit.py
 
 Every field of the full comparison is in notes/guide_vs_paper.md.
 """
@@ -23,10 +25,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data                                                                                      # noqa: E402
+from dit import add_noise, dit_loss                                                              # noqa: E402
 from notes import lab as laboratory                                                              # noqa: E402
 from notes.kl import latent_table, line_figure, measure, of_study                                # noqa: E402
 from notes.ladder import generation_table                                                        # noqa: E402
-from notes.lab import Lab, Space, T, figure_path, publish, read_config                           # noqa: E402
+from notes.lab import Diffusion, Lab, Space, T, figure_path, publish, read_config                # noqa: E402
 from psvae import semantic_loss                                                                  # noqa: E402
 
 Z_DIM, GRID, BLOCKS = 24, 4, 3
@@ -73,8 +76,22 @@ def l2_and_cosine(f_hat, f):
     return semantic_loss(f_hat, f) + (1 - F.cosine_similarity(f_hat, f, dim=-1)).mean()
 
 
+class PlainHead(Diffusion):
+    GIVES_V = False
+
+
+class Weighted(Diffusion):
+    @staticmethod
+    def loss(lab, model, z_0, eps, c, mask, g):
+        t = torch.randint(1, T + 1, (len(z_0),), generator=g).to(z_0.device)
+        weight = (1 / lab.alpha_bar[t]).clamp(max=20).float()
+        return dit_loss(eps, model(add_noise(z_0, t, eps, lab.alpha_bar), t, c, mask), weight)
+
+
 class Flow:
     """Rectified flow: z_t = (1 - t) z_0 + t eps, t in 0 .. 1; the network, told T t, predicts eps - z_0."""
+
+    GIVES_V = False
 
     @staticmethod
     def shifted(t, channels):
@@ -101,7 +118,8 @@ class Flow:
 
 laboratory.BODIES["transformer"] = (TransformerProjector, TransformerDecoder)
 laboratory.SEMANTIC["l2+cosine"] = l2_and_cosine
-laboratory.OBJECTIVES["flow"] = Flow
+STAGE_3 = {"flow": Flow, "plain head": PlainHead, "weighted": Weighted}
+laboratory.OBJECTIVES.update(STAGE_3)
 ROWS = {"guide": Space(z_dim=Z_DIM), "transformer": Space(z_dim=Z_DIM, body="transformer"),
         "l2 + cosine": Space(z_dim=Z_DIM, semantic="l2+cosine")}
 
@@ -112,9 +130,10 @@ def main(argv: list[str] | None = None):
     lab = Lab(cfg)
     rows = {name: space for name, space in ROWS.items() if not cfg.only or name in cfg.only}
     latents, generations = measure(lab, rows)
-    if not cfg.only or "flow" in cfg.only:
-        generations["flow"] = [lab.generation(of_study(ROWS["guide"], cfg, seed), "flow")
-                               for seed in cfg.seeds]
+    for name in STAGE_3:
+        if not cfg.only or name in cfg.only:
+            generations[name] = [lab.generation(of_study(ROWS["guide"], cfg, seed), name)
+                                 for seed in cfg.seeds]
     tables = [latent_table(latents, "variant")] if latents else []
     publish(lab, "guide_vs_paper", *tables, generation_table(generations, "variant"))
     line_figure(latents, generations, figure_path(cfg, "guide_vs_paper"), "", line="")

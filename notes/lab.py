@@ -35,7 +35,7 @@ from psvae import (ConvBlock, PSVAE, PixelDecoder, Projector, SemanticDecoder, f
                    group_norm, kl_divergence, psnr, psvae_loss, reparameterize, semantic_loss, ssim)
 from sample import ddim, sampling_times                                                          # noqa: E402
 
-VERSION = 1            # goes up when the same settings would train something else: old parts are then unused
+VERSION = 2            # goes up when the same settings would train something else: old parts are then unused
 SAVE_EVERY = 60        # seconds between checkpoints of a part
 T, BETAS = 1000, (1e-4, 0.02)
 KINDS = {"vae": "Standard VAE", "rae": "RAE", "svae": "S-VAE", "pvae": "P-VAE", "psvae": "PS-VAE",
@@ -443,7 +443,8 @@ class Lab:
         mu, log_var = self.posterior(space, self.train)
         mean, variance = self.statistics(mu, log_var)
         torch.manual_seed(space.seed)
-        model = DiT(mu.shape[1], mu.shape[-1], self.c.shape[-1], *self.scale.dit).to(self.device)
+        model = DiT(mu.shape[1], mu.shape[-1], self.c.shape[-1], *self.scale.dit,
+                    self.alpha_bar if OBJECTIVES[objective].GIVES_V else None).to(self.device)
 
         def loss_of(step):
             rows = self.rows(space.seed, "lab 3", step, batch)
@@ -562,6 +563,8 @@ class Lab:
 
 class Diffusion:
     """The guide's: Eq. 22, 32 and DDIM (Eq. 34) with guidance (Eq. 33)."""
+
+    GIVES_V = True      # the DiT's head gives v, of which eps_hat is made
 
     @staticmethod
     def loss(lab, model, z_0, eps, c, mask, g):

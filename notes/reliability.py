@@ -95,7 +95,7 @@ class Micro:
         self.steps, self.flags = steps, {
             "svae": ["--preset", "tiny", "--encoder", str(top / "image"), "--image-size", "32", "--z-dim",
                      "8", "--count", "120", *common],
-            "psvae": ["--widths", "8,8,8,8", *common], "latents": ["--workers", "0"],
+            "psvae": ["--widths", "8,8,8,8", "--latents", "both", *common], "latents": ["--workers", "0"],
             "dit": ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", "--text-encoder",
                     str(top / "text"), *common]}
         if not (self.reference / "latents").exists():

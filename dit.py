@@ -18,8 +18,8 @@ Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architectur
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
 out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again,
 it goes on.
-Expect (tiny, seed 0): loss 0.22 after 1,000 steps, 0.18 after 4,000, 0.15 after 7,000; then backgrounds,
-colours and shapes follow the prompt, number and place not yet.
+Expect (tiny, seed 0): held-out Eq. 32 for t in the second quarter 0.14 after 1,000 steps, 0.067 after 4,000,
+0.039 at the end; single objects are then mostly right, two or more often are not.
 """
 
 import contextlib

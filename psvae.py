@@ -21,8 +21,8 @@ Eq. 12 to 19, as numbered in notes/equations.md; "the guide" is docs/architectur
 Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt,
 out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/ (mu.npy, log_var.npy,
 rows.jsonl, meta.json). Run again, it goes on where it stopped.
-Expect (tiny, seed 0): held-out PSNR 26.4 dB after 800 steps, 30.3 after 2,000, 33.8 after 4,000, 36.0 at the
-end; shapes are blobs until 29 dB or so.
+Expect (tiny, seed 0): held-out PSNR 23.3 dB after 400 steps (with --beta 1e-4 24.4, then 30.3 after 2,000,
+33.8 after 4,000, 36.0 after 7,000); shapes are blobs until 29 dB or so.
 """
 
 import copy

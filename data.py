@@ -1123,9 +1123,10 @@ class Run:
         return bool(self.stop)
 
     def _signal(self, number, _):
-        if self.stop or not self.stepping:             # a second one does not wait for the step, nor does one
-            raise KeyboardInterrupt(number)            # while networks, captions or folders are still read
-        self.stop = number
+        waits, self.stop = self.stepping and not self.stop, number
+        if not waits:                                  # a second one does not wait for the step, nor does one
+            raise KeyboardInterrupt(number)            # while networks, captions or folders are still read;
+                                                       # lost inside a __del__, it still ends the run at a step
         print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
 
     def close(self):

@@ -2851,6 +2851,18 @@ def test_no_part_of_imagenets_layout_may_be_a_link_out_of_the_folder(name, tmp_p
         assert "kit fox" not in everything(folder).values() and "secret" not in everything(folder).values()
 
 
+def test_a_signal_whose_exception_python_drops_still_stops_the_run_at_its_next_step():
+    run = SimpleNamespace(stop=0, stepping=False, world=1)            # still reading: it raises, but in a
+    with pytest.raises(KeyboardInterrupt):                                  # __del__ that is ignored
+        data.Run._signal(run, signal.SIGTERM, None)
+    assert run.stop == signal.SIGTERM and data.Run.stopping(run, 3)
+    run.stop, run.stepping = 0, True
+    data.Run._signal(run, signal.SIGINT, None)                              # waits for the step
+    assert run.stop == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):                                  # a second one does not
+        data.Run._signal(run, signal.SIGTERM, None)
+
+
 def test_averaged_weights_are_taken_back_also_after_an_error():
     model = micro_dit()
     raw = {name: value.clone() for name, value in model.state_dict().items()}

@@ -16,8 +16,8 @@ Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architectur
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
-out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again,
-it goes on.
+out/dit.pt, out/dit.csv (loss with its weights, see --max-weight; held-out columns always Eq. 32 as it is) and
+out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again, it goes on.
 Expect (tiny, seed 0): held-out Eq. 32 for t in the second quarter 0.14 after 1,000 steps, 0.067 after 4,000,
 0.039 at the end; single objects are then mostly right, two or more often are not.
 """
@@ -304,7 +304,8 @@ class DiT(nn.Module):
 
 
 def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """The guide's z_0 = PS-VAE.encode(x), from a stored posterior: a fresh sample by Eq. 6 at every step."""
+    """The guide's z_0 = PS-VAE.encode(x), from a stored posterior: a fresh sample by Eq. 6 at every step. Where
+    psvae.py --latents mu kept the mean alone, sigma is next to nothing and z_0 is mu."""
     # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
     return mu + torch.exp(0.5 * log_var) * eps
 
@@ -592,7 +593,6 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             eps = run.randn(step, "eps", *mu.shape[1:])
             # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
             z_t = add_noise(z_0, t, eps, alpha_bar)                         # (B, h, w, z_dim)
-
             weight = (1 / alpha_bar[t]).clamp(max=cfg.max_weight).float()   # (B,), all 1 by default
 
             total = {"loss": 0}

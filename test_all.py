@@ -859,6 +859,20 @@ def test_eq_32_weighted_by_1_over_alpha_bar_is_the_error_of_v():
     same(dit.dit_loss(eps, eps_hat, torch.tensor([3.0, 5.0])), (3 * halves[0] + 5 * halves[1]) / 2)
 
 
+@pytest.mark.parametrize("most", [1, 5])
+def test_eq_32_a_run_weighs_t_by_1_over_alpha_bar_up_to_max_weight(copy, encoders, monkeypatch, most):
+    times, weights, add_noise, dit_loss = [], [], dit.add_noise, dit.dit_loss
+    monkeypatch.setattr(dit, "add_noise", lambda z, t, *rest: times.append(t) or add_noise(z, t, *rest))
+    monkeypatch.setattr(dit, "dit_loss",
+                        lambda *args: weights.append(args[2] if len(args) > 2 else None) or dit_loss(*args))
+    argv = [*stage_flags("dit", encoders), "--steps", "1", "--max-weight", str(most)]
+    assert dit.main([*argv, "--out", str(copy(*NEEDS["dit"]))]) == 0
+    expected = 1 / ALPHA_BAR[times[0]]
+    assert (expected < 5).sum() > 5 and (expected > 5).sum() > 5
+    same(weights[0], expected.clamp(max=most), 1e-6)
+    assert len(weights) > 1 and weights[1:] == [None] * (len(weights) - 1)      # what is held out: plain Eq. 32
+
+
 def test_eq_32_t_is_uniform_over_1_to_T_with_both_ends():
     run = object.__new__(data.Run)
     run.cfg, run.stage, run.device, run.rank, run.world = (dit.Config(batch=4000), "dit", torch.device("cpu"),
@@ -2456,6 +2470,40 @@ def test_the_read_out_finds_what_is_in_the_features_and_only_that(world):
 
     shares = pretrain_tiny.read_out(Seeing(), sides[0], sides[0])
     assert set(shares) == set(lab.world.LOOK) and shares["colour"] > 2 / 8 > 1 / 6 and shares["shape"] < 0.6
+
+
+def test_what_a_text_says_of_each_of_its_nouns():
+    nothing = dict.fromkeys(("count", "size", "style", "colour", "before", "after", "previous",
+                             "previous colour", "next", "next colour"), "")
+    says = lambda text: [(text[:end].split()[-1], said) for end, said in pretrain_tiny.nouns_of(text)]
+    assert says("a red circle above two hollow stars") == [
+        ("circle", nothing | {"noun": "circle", "count": "a", "colour": "red", "after": "above",
+                              "next": "star"}),
+        ("stars", nothing | {"noun": "star", "count": "two", "style": "outline", "before": "above",
+                             "previous": "circle", "previous colour": "red"})]
+    assert says("change the color of the little cross to blue") == [
+        ("cross", nothing | {"noun": "cross", "count": "the", "size": "small", "before": "change the color of",
+                             "after": "to blue"})]
+    (_, first), (_, second), (_, third) = says("a star, a square and a circle")
+    assert (first["after"], second["before"], second["after"], third["before"]) == (",", ",", "and", "and")
+
+
+def test_a_reader_is_asked_at_the_last_token_of_each_noun(encoders):
+    encoder = data.load_text_encoder(encoders[1], 64)
+    texts = ["a green star left of a red circle", "remove the two big crosses"]
+    tokens = encoder.tokenize(texts)
+    reader = pretrain_tiny.Reader(texts, encoder.dim)
+    h = torch.zeros(*tokens["input_ids"].shape, encoder.dim)
+    for row, noun in ((0, "star"), (0, "circle"), (1, "crosses")):      # only there is anything to be read
+        h[row, tokens.char_to_token(row, texts[row].index(noun) + len(noun) - 1)] = 1
+    answers = reader(h, tokens, texts)
+    assert {name: [reader.values[name][i] for i in answer] for name, (_, answer) in answers.items()} == {
+        "noun": ["star", "circle", "cross"], "count": ["a", "a", "the two"], "size": ["", "", "large"],
+        "style": [""] * 3, "colour": ["green", "red", ""], "before": ["", "left of", "remove"],
+        "after": ["left of", "", ""], "previous": ["", "star", ""], "previous colour": ["", "green", ""],
+        "next": ["circle", "", ""], "next colour": ["red", "", ""]}
+    at_one = reader.head.weight.sum(1) + reader.head.bias
+    torch.testing.assert_close(torch.cat([logits for logits, _ in answers.values()], 1), at_one.expand(3, -1))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Both are saved in transformers' own format, in half precision, and loaded by the
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -168,23 +169,9 @@ def untrained_encoders(top: Path):
     tokenizer.save_pretrained(top / "text")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
-    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=128,
-                        help="captions a step; a third as many edits besides")
-    parser.add_argument("--count", type=int, default=50_000,
-                        help="pictures of the world, if it has to be drawn")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
-    args = parser.parse_args()
+def learn_to_meet(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextEncoder]:
+    """Both encoders from nothing, by Eq. 2 on the three pairs."""
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
-
-    device = data.pick_device("auto")
-    folder, held_out = data.read_folder("", out=args.out, count=args.count)
     captions, edits = ([row for row in folder.rows if (row[2] >= 0) == edit] for edit in (False, True))
     objects = objects_of(folder)
     tokenizer = build_tokenizer([row[1] for row in folder.rows[:30_000]], size=1024)
@@ -238,11 +225,129 @@ def main():
                   + ", ".join(f"{name} {share:.1%}" for name, share in
                               read_out(pair.image_encoder, (pictures, objects),
                                        (held_pictures, objects_of(held_out))).items()), flush=True)
-    to = Path(args.to)
-    image_network.half().save_pretrained(to / "image_encoder")
-    text_network.half().save_pretrained(to / "text_encoder")
-    tokenizer.save_pretrained(to / "text_encoder")
-    print(f"saved to {to}: {time.monotonic() - begin:.0f} s in all")
+    return pair.image_encoder, encoder
+
+
+ADJECTIVES = ({word: ("colour", word) for word in (*world.COLOURS, *world.BACKGROUNDS)}
+              | {word: (name, value) for name, values in (("size", world.SIZES), ("style", world.STYLES))
+                 for value in values for word in world.WORDS[value]})
+NOUNS = {shape + ending: shape for shape in (*world.SHAPES, "background") for ending in ("", "s", "es")}
+COUNTS = ("a", "an", "the", *world.NUMBERS.values())
+
+
+def nouns_of(text: str) -> list[tuple[int, dict[str, str]]]:
+    """Where each noun of a text of the built-in world ends, and what the text says of it.
+
+    "a red circle above two stars" -> [(12, {noun: circle, count: a, size: "", style: "", colour: red,
+    before: "", after: above, previous: "", previous colour: "", next: star, next colour: ""}), (28, ...)]
+    """
+    words = [(match.group(), match.end()) for match in re.finditer(r"[a-z]+|,", text)]
+    found, free = [], 0                                 # free: first word that no noun before has taken
+    for k, (word, end) in enumerate(words):
+        if word not in NOUNS:
+            continue
+        said, first = {"noun": NOUNS[word], "count": "", "size": "", "style": "", "colour": ""}, k
+        while first > free and words[first - 1][0] in ADJECTIVES:
+            first -= 1
+            name, value = ADJECTIVES[words[first][0]]
+            said[name] = value
+        while first > free and words[first - 1][0] in COUNTS:
+            first -= 1
+            said["count"] = f"{words[first][0]} {said['count']}".strip()
+        said["before"] = " ".join(w for w, _ in words[free:first])
+        free = k + 1
+        found.append((end, said))
+    rest = [said["before"] for _, said in found[1:]] + [" ".join(w for w, _ in words[free:])]
+    for k, (_, said) in enumerate(found):
+        said["after"] = rest[k]
+        for name, other in (("previous", k - 1), ("next", k + 1)):
+            there = 0 <= other < len(found)
+            said[name] = found[other][1]["noun"] if there else ""
+            said[f"{name} colour"] = found[other][1]["colour"] if there else ""
+    return found
+
+
+class Reader(nn.Module):
+    """A linear map from a noun's embedding to what its text says of it; what is said is known from `texts`."""
+
+    def __init__(self, texts: list[str], dim: int = D_TEXT):
+        super().__init__()
+        said = [said for text in texts for _, said in nouns_of(text)]
+        self.values = {name: sorted({one[name] for one in said}) for name in said[0]}
+        self.head = nn.Linear(dim, sum(map(len, self.values.values())))
+
+    def forward(self, h, tokens, texts) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """h (B, L, dim) and tokens of texts (B) -> for each question (logits (M, values), answer (M)) over the
+        M nouns; an answer that was never met is -1."""
+        row, at, said = zip(*((i, tokens.char_to_token(i, end - 1), said)
+                              for i, text in enumerate(texts) for end, said in nouns_of(text)))
+        logits = self.head(h[list(row), list(at)]).split([len(v) for v in self.values.values()], dim=-1)
+        return {name: (part, torch.tensor([values.index(one[name]) if one[name] in values else -1
+                                           for one in said], device=h.device))
+                for part, (name, values) in zip(logits, self.values.items())}
+
+
+def learn_to_read(encoder: data.TextEncoder, texts: list[str], unseen: list[str], steps: int, device):
+    """Trains encoder.network on `texts`; prints what share of what is said in `unseen` it tells."""
+    network = encoder.network.to(device).float().requires_grad_(True)
+    torch.manual_seed(1)
+    reader = Reader(texts, encoder.dim).to(device)
+
+    def answers(some):
+        tokens = encoder.tokenize(some)
+        h = network(**tokens.to(device)).last_hidden_state
+        return reader(h, tokens, some)
+
+    optimizer = torch.optim.AdamW([*network.parameters(), *reader.parameters()], betas=(0.9, 0.98),
+                                  weight_decay=0.01, fused=True)
+    begin = time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = data.learning_rate(step, steps, 100, 2e-3)
+        some = [texts[i] for i in data.order(0, "pretrain read", len(texts), 256, step)]
+        loss = sum(F.cross_entropy(logits, answer) for logits, answer in answers(some).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*network.parameters(), *reader.parameters()], 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(f"reading: step {step + 1} loss {loss.item():.3f} {time.monotonic() - begin:.0f} s", flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            with torch.no_grad():
+                right = {name: (logits.argmax(-1) == answer).float().mean().item()
+                         for name, (logits, answer) in answers(unseen).items()}
+            print("  held out, told right: " + ", ".join(f"{name} {share:.1%}"
+                                                         for name, share in right.items()), flush=True)
+    network.requires_grad_(False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
+    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
+    parser.add_argument("--steps", type=int, default=1000, help="of both; 0: go on with those in --to")
+    parser.add_argument("--text-steps", type=int, default=800, help="in which the text encoder learns to read")
+    parser.add_argument("--batch", type=int, default=128,
+                        help="captions a step; a third as many edits besides")
+    parser.add_argument("--count", type=int, default=50_000,
+                        help="pictures of the world, if it has to be drawn")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    args = parser.parse_args()
+
+    device, to = data.pick_device("auto"), Path(args.to)
+    folder, held_out = data.read_folder("", out=args.out, count=args.count)
+    if args.steps:
+        image_encoder, text_encoder = learn_to_meet(folder, held_out, args, device)
+        image_encoder.network.half().save_pretrained(to / "image_encoder")
+        text_encoder.network.half().save_pretrained(to / "text_encoder")
+        text_encoder.tokenizer.save_pretrained(to / "text_encoder")
+    text_encoder = data.load_text_encoder(str(to / "text_encoder"), MAX_TOKENS)
+    learn_to_read(text_encoder, [row[1] for row in folder.rows], [row[1] for row in held_out.rows],
+                  args.text_steps, device)
+    text_encoder.network.half().save_pretrained(to / "text_encoder")
+    print(f"saved to {to}")
 
 
 if __name__ == "__main__":

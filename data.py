@@ -114,8 +114,7 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
         raise UserError(f"--data {name}: no such folder. "
                         f"Give a folder of images, or leave --data out for the built-in world.")
     if not top.is_dir():
-        raise UserError(f"--data {name} is a file; a folder of images is needed "
-                        f"(`python data.py --help` says which).")
+        raise UserError(f"--data {name} is a file; a folder of images is needed (README.md says which).")
     inner = [top / "train", top / "ILSVRC/Data/CLS-LOC/train"]
     root = next((path for path in inner if path.is_dir()), top)
     for path in (root, root.parent / "val"):
@@ -1125,8 +1124,8 @@ class Run:
     def _signal(self, number, _):
         waits, self.stop = self.stepping and not self.stop, number
         if not waits:                                  # a second one does not wait for the step, nor does one
-            raise KeyboardInterrupt(number)            # while networks, captions or folders are still read;
-                                                       # lost inside a __del__, it still ends the run at a step
+            raise KeyboardInterrupt(number)            # while networks, captions or folders are still read
+                                                       # (where a __del__ swallows it: at the next step)
         print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
 
     def close(self):

@@ -240,7 +240,8 @@ class DiT(nn.Module):
 
     Eq. 22 turned round: eps = sqrt(1 - alpha_bar_t) z_t + sqrt(alpha_bar_t) v, with the v of Salimans and Ho
     (2022). The first part is the best guess without looking, as latents have mean 0 and variance 1; only v
-    comes from the blocks, which then need not copy the noise through and learn twice as fast (decisions.md).
+    comes from the blocks, which then need not copy the noise through and learn twice as fast
+    (notes/decisions.md).
     A fresh network has v = 0.
 
     Args of forward: z_t (B, h, w, z_dim) normalised latents with noise; t (B,) in 1 .. T; c (B, L, d_text)
@@ -304,8 +305,8 @@ class DiT(nn.Module):
 
 
 def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """The guide's z_0 = PS-VAE.encode(x), from a stored posterior: a fresh sample by Eq. 6 at every step. Where
-    psvae.py --latents mu kept the mean alone, sigma is next to nothing and z_0 is mu."""
+    """The guide's z_0 = PS-VAE.encode(x), from a stored posterior: a fresh sample by Eq. 6 at every step.
+    Where psvae.py --latents mu kept the mean alone, sigma is next to nothing and z_0 is mu."""
     # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
     return mu + torch.exp(0.5 * log_var) * eps
 

@@ -19,10 +19,10 @@ Eq. 12 to 19, as numbered in notes/equations.md; "the guide" is docs/architectur
     python psvae.py --encode-only         writes out/latents/ again
 
 Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt,
-out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/ (mu.npy, log_var.npy,
-rows.jsonl, meta.json). Run again, it goes on where it stopped.
-Expect (tiny, seed 0): held-out PSNR 23.3 dB after 400 steps (with --beta 1e-4 24.4, then 30.3 after 2,000,
-33.8 after 4,000, 36.0 after 7,000); shapes are blobs until 29 dB or so.
+out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/ (mu.npy, with --latents
+both log_var.npy, rows.jsonl, meta.json). Run again, it goes on where it stopped.
+Expect (tiny, seed 0): held-out PSNR 23.3 dB after 400 steps; later steps were measured with --beta 1e-4 only:
+24.4 after 400, 30.3 after 2,000, 33.8 after 4,000, 36.0 after 7,000. Shapes are blobs until 29 dB or so.
 """
 
 import copy
@@ -562,10 +562,10 @@ def write_latents(cfg: Config):
     """Encodes every picture of the folder into out/latents/:
     posteriors, not samples, so that stage 3 draws afresh.
 
-    mu.npy and log_var.npy are (count, h, w, z_dim) in float16; rows.jsonl has a line {"image", "text"
-    [, "source"][, "held_out"]} for each caption or edit, with indices into them; meta.json the statistics of
-    every channel and the fingerprint of the model. Centre crops, no flip. Killed, it goes on; ranks take
-    slices.
+    mu.npy and, with --latents both, log_var.npy are (count, h, w, z_dim) in float16; rows.jsonl has a line
+    {"image", "text"[, "source"][, "held_out"]} for each caption or edit, with indices into them; meta.json the
+    statistics of every channel and the fingerprint of the model. Centre crops, no flip. Killed, it goes on;
+    ranks take slices.
     """
     final, work = Path(cfg.out) / "latents", Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:

@@ -3,8 +3,9 @@
     python notes/emoji.py --out emoji                 downloads two npm packages (16 MB), writes emoji/
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0     or fetch them yourself, and then
     python notes/emoji.py --out emoji --packages .
-    python svae.py --data emoji --preset tiny && python psvae.py && python dit.py
-    python notes/emoji.py --page page.png --model out  edits of held-out pictures: source | result | truth
+    python svae.py --data emoji --preset tiny --out out_emoji
+    python psvae.py --out out_emoji && python dit.py --out out_emoji
+    python notes/emoji.py --page page.png --model out_emoji    edits of held-out pictures: source, result, truth
 
 Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every picture that
 has a name; an edit (source, instruction, result) for every pair that differs in skin tone alone, in gender

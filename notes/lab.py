@@ -647,7 +647,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 def publish(lab: Lab, name: str, *parts: str):
     """Prints tables, and with --page writes them into notes/<name>.md."""
     cfg = lab.cfg
-    where = torch.cuda.get_device_name() if lab.device.type == "cuda" else "one CPU core"
+    where = torch.cuda.get_device_name() if lab.device.type == "cuda" else "one CPU core (AVX2)"
     how = (f"Seeds {', '.join(map(str, cfg.seeds))}; `--scale {cfg.scale}`: {lab.scale.pictures:,} pictures, "
            f"{lab.scale.held_out} held out, {lab.scale.prompts} prompts; seconds are those of {where}, "
            f"torch {torch.__version__}.")

@@ -14,8 +14,8 @@ steps and noise:
     P-VAE          as PS-VAE with alpha = 0: the encoder learns from pixels alone
     PS-VAE         24 channels, encoder trained on semantic, pixel and KL terms
 
-Reconstruction, semantics, and pictures generated from held-out captions after a quarter, a half and all of
-the DiT's steps. Run again, it goes on where it stopped.
+Reconstruction, semantics, and pictures generated from held-out captions after a half and all of the DiT's
+steps (on a GPU after a quarter as well). Run again, it goes on where it stopped.
 """
 
 import sys

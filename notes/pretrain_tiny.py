@@ -90,8 +90,8 @@ class Pair(nn.Module):
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
 
     def picture(self, tokens):
-        """CLS and the mean of the patches, (B, 1 + N, d) -> (B, D_SHARED). With CLS alone, empty patches become
-        its notepad: six times as much of their variance then comes from elsewhere in the picture (LOG.md)."""
+        """CLS and the mean of the patches, (B, 1 + N, d) -> (B, D_SHARED). With CLS alone, empty patches
+        become its notepad: six times as much of their variance then comes from elsewhere (LOG.md)."""
         return self.image(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], -1))
 
     def words(self, encoder, texts, head):
@@ -268,7 +268,7 @@ def nouns_of(text: str) -> list[tuple[int, dict[str, str]]]:
 
 
 class Reader(nn.Module):
-    """A linear map from a noun's embedding to what its text says of it; what is said is known from `texts`."""
+    """A linear map from a noun's embedding to what its text says of it; `texts` show what can be said."""
 
     def __init__(self, texts: list[str], dim: int = D_TEXT):
         super().__init__()
@@ -277,8 +277,8 @@ class Reader(nn.Module):
         self.head = nn.Linear(dim, sum(map(len, self.values.values())))
 
     def forward(self, h, tokens, texts) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """h (B, L, dim) and tokens of texts (B) -> for each question (logits (M, values), answer (M)) over the
-        M nouns; an answer that was never met is -1."""
+        """h (B, L, dim) and tokens of texts (B) -> for each question (logits (M, values), answer (M)) over
+        the M nouns; an answer that was never met is -1."""
         row, at, said = zip(*((i, tokens.char_to_token(i, end - 1), said)
                               for i, text in enumerate(texts) for end, said in nouns_of(text)))
         logits = self.head(h[list(row), list(at)]).split([len(v) for v in self.values.values()], dim=-1)
@@ -311,7 +311,8 @@ def learn_to_read(encoder: data.TextEncoder, texts: list[str], unseen: list[str]
         nn.utils.clip_grad_norm_([*network.parameters(), *reader.parameters()], 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"reading: step {step + 1} loss {loss.item():.3f} {time.monotonic() - begin:.0f} s", flush=True)
+            print(f"reading: step {step + 1} loss {loss.item():.3f} {time.monotonic() - begin:.0f} s",
+                  flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             with torch.no_grad():
                 right = {name: (logits.argmax(-1) == answer).float().mean().item()
@@ -327,7 +328,8 @@ def main():
     parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
     parser.add_argument("--steps", type=int, default=1000, help="of both; 0: go on with those in --to")
-    parser.add_argument("--text-steps", type=int, default=800, help="in which the text encoder learns to read")
+    parser.add_argument("--text-steps", type=int, default=800,
+                        help="in which the text encoder learns to read")
     parser.add_argument("--batch", type=int, default=128,
                         help="captions a step; a third as many edits besides")
     parser.add_argument("--count", type=int, default=50_000,

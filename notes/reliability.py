@@ -477,7 +477,7 @@ def signals(micro: Micro, times: int, rng, report, stages=STAGES):
                     time.sleep(rng.uniform(0, 0.03))
                     os.kill(pid, sent)
             code, said = ended(pid)
-            crash = "Traceback" in said.split("Exception ignored in")[0]        # Python drops what __del__ raises
+            crash = "Traceback" in said.split("Exception ignored in")[0]    # Python drops what __del__ raises
             assert code in ((0,) if last else (0, 128 + sent)) and not crash, f"{code}\n{said}"
             codes[code] += 1
             checkpoints_are_whole(out)

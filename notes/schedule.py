@@ -10,7 +10,7 @@ Prompts are those of geneval.py, spread evenly over its tasks. For each one true
 world are made too, with everything that the prompt leaves open left to chance. What is measured:
     right        share of pictures that the judge finds to be what the prompt says
     unreadable   share of pictures that the judge cannot read
-    Frechet      distance between the latent vectors of drawn and true pictures, as Gaussians, all cells of
+    Fréchet      distance between the latent vectors of drawn and true pictures, as Gaussians, all cells of
                  the grid together (in normalised latents: the true ones have variance 1 in each channel)
     spread       root mean square of the drawn normalised latents; of true ones it is about 1
     change       root mean square difference, of 255 grey levels, from the picture that the same noise gives
@@ -215,7 +215,7 @@ def measure(pipeline: Pipeline, prompts: list[dict], true: torch.Tensor, rows: l
             for name, value in one.items():
                 values.setdefault(name, []).append(float(value))
         results[row] = values | {"seconds": seconds, "pictures": drawn[0][1]}
-        print(f"{row.name}: right {np.mean(values['right']):.1%}, Frechet {np.mean(values['Frechet']):.2f}, "
+        print(f"{row.name}: right {np.mean(values['right']):.1%}, Fréchet {np.mean(values['Fréchet']):.2f}, "
               f"{seconds:.2f} s a picture", flush=True)
     return results
 
@@ -224,7 +224,7 @@ def score(z_0: torch.Tensor, pictures: np.ndarray, prompts: list[dict], true: to
     facts = [judge.read(picture) for picture in pictures]
     return {"right": np.mean([judge.check(f, p["requirement"]) for f, p in zip(facts, prompts)]),
             "unreadable": np.mean([f is None for f in facts]),
-            "Frechet": distance(z_0, true), "spread": z_0.square().mean().sqrt().item()}
+            "Fréchet": distance(z_0, true), "spread": z_0.square().mean().sqrt().item()}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -244,7 +244,7 @@ def cell(values: list[float], form: str) -> str:
 
 
 def result_tables(results: dict) -> str:
-    forms = {"right": ".1%", "unreadable": ".1%", "Frechet": ".2f", "spread": ".3f", "change": ".1f"}
+    forms = {"right": ".1%", "unreadable": ".1%", "Fréchet": ".2f", "spread": ".3f", "change": ".1f"}
     parts = []
     for group in dict.fromkeys(row.group for row in results):
         shown = lambda values: [cell(values[name], form) if name in values else "–"
@@ -300,16 +300,16 @@ def draw_curves(curves, pipeline: Pipeline, groups: dict, results: dict, losses:
 
     own, other = sorted(SCHEDULES, key=lambda schedule: schedule != pipeline.config["schedule"])
     for axes, name, title in ((curves[0], "change", "change from most steps, grey levels"),
-                              (curves[1], "Frechet", "Frechet distance")):
+                              (curves[1], "Fréchet", "Fréchet distance")):
         for group, schedule in (("steps", own), ("spacing", other)):
             curve(axes, group, name, label=f"noise levels of {words(schedule)}")
         axes.set(xscale="log", xlabel="DDIM steps", title=title)
-    curve(curves[2], "guidance", "Frechet", label="drawn")
+    curve(curves[2], "guidance", "Fréchet", label="drawn")
     right = curves[2].twinx()
     curve(right, "guidance", "right", color="C3", ls="--", label="right, axis on the right")
     right.set_ylim(bottom=0)
     right.legend(fontsize=6, loc="lower right")
-    curves[2].set(xscale="log", xlabel="guidance s", title="Frechet distance; right")
+    curves[2].set(xscale="log", xlabel="guidance s", title="Fréchet distance; right")
     for axes, group in ((curves[0], "steps"), (curves[1], "steps"), (curves[2], "guidance")):
         axes.set_xticks([row.x for row in groups[group]], [f"{row.x:g}" for row in groups[group]])
         axes.minorticks_off()
@@ -367,7 +367,7 @@ def true_ones(pipeline: Pipeline, prompts: list[dict], latents: torch.Tensor, fl
     right = np.mean([judge.check(f, prompts[i // REPEATS]["requirement"]) for i, f in enumerate(facts)])
     return (f"True pictures of these prompts, {len(latents)} of them, through this PS-VAE: {right:.1%} "
             f"right, {np.mean([f is None for f in facts]):.1%} unreadable, spread "
-            f"{latents.square().mean().sqrt():.3f}, Frechet distance of one of each prompt from the others "
+            f"{latents.square().mean().sqrt():.3f}, Fréchet distance of one of each prompt from the others "
             f"{cell(floor, '.2f')}. This is what a perfect DiT would show.")
 
 

@@ -121,6 +121,10 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
         if root != top and path.is_dir() and not is_inside(path, top):
             raise UserError(f"{path} is a link that leaves {top}. Nothing outside --data is read: put the "
                             f"folder itself there.")
+    for table in ("metadata.jsonl", "metadata.csv"):
+        if root != top and (top / table).is_file():
+            print(f"{top / table} is not read: the pictures are in {root}, and a table belongs beside them",
+                  flush=True)
     train = _read_layout(root, top)
     if root != top and (root.parent / "val").is_dir():
         held_out = _read_layout(root.parent / "val", top)
@@ -134,6 +138,9 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
                   f"--data …` lists them all): {'; '.join(folder.skipped[:3])}", flush=True)
     if not train.rows:
         raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
+    if not held_out.images:
+        print(f"--data {name}: too few pictures to hold any out; what is called held out is training pictures",
+              flush=True)
     return train, held_out if held_out.images else train
 
 
@@ -789,25 +796,23 @@ def check_encoder(found: str, checkpoint: dict, name: str):
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
     """Loads the moments, of the right shapes and finite:
     a fused AdamW would read past the end of a short one."""
-    settings = [set(group) for group in optimizer.param_groups]
-    ours = [{name: value for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
+    try:                                               # rates and betas come from the configuration
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer does not fit ({_first_line(error)}).")
     if not optimizer.state:
         raise UserError(f"{path}: its optimizer lacks every moment.")
-    fits = settings == [set(group) for group in optimizer.param_groups]
+    fits = True
     for parameter, moments in optimizer.state.items():
+        moments = moments if isinstance(moments, dict) else {}
         shapes = {name: getattr(value, "shape", None) for name, value in moments.items()}
-        fits &= shapes == {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        shape = getattr(parameter, "shape", "of no parameter")
+        fits &= shapes == {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
         if fits and not all(torch.isfinite(value).all() for value in moments.values()):
             raise UserError(f"{path}: its optimizer holds NaN or infinite values.")
     if not fits:
         raise UserError(f"{path}: its optimizer does not fit the model.")
-    for group, own in zip(optimizer.param_groups, ours):
-        group.update(own)                              # rates and betas come from the configuration
 
 
 def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
@@ -991,10 +996,11 @@ class Run:
             yield step, to_float(images, self.device)
 
     def held_out(self, folder: Folder, size: int, most: int = 64) -> torch.Tensor:
-        """The first held-out pictures on the device, (N, 3, size, size) in [-1, 1]."""
+        """Held-out pictures from all over the folder, on the device, (N, 3, size, size) in [-1, 1]."""
         pictures = Pictures(folder, size)
-        count = min(most, folder.own or len(pictures))
-        images, broken = pictures.collate([pictures[(i, None)] for i in range(count)])
+        own = folder.own or len(pictures)              # they are sorted: the first may be one class's
+        count = min(most, own)
+        images, broken = pictures.collate([pictures[(i * own // count, None)] for i in range(count)])
         for index, reason in sorted(set(broken)):
             self.say(f"cannot read {folder.images[index]!r}, held out: {reason}; "
                      f"the next picture takes its place")
@@ -1216,6 +1222,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 MAY_CHANGE = {"steps", "workers", "save_every", "log_every", "eval_every", "micro_batches", "device",
               "compile", "checkpointing", "max_broken", "out", "fresh", "latents", "encode_only", "evaluate",
               "reconstruct"}
+MADE_FOR = {"preset", "image_size", "z_dim", "widths"}  # what a model's weights are made for
 
 
 def flag(name: str) -> str:
@@ -1258,13 +1265,15 @@ def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | N
     or, on resume, the saved one.
 
     Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE, or
-    nothing is to be trained (strict=False).
+    nothing is to be trained (strict=False) and the flag not in MADE_FOR. The folder is never taken from the
+    checkpoint: it may have been moved.
     """
     if saved is not None:
         saved = {f.name: tuple(saved[f.name]) if isinstance(saved[f.name], list) else saved[f.name]
-                 for f in fields(Config) if f.name in saved}
+                 for f in fields(Config) if f.name in saved and f.name != "out"}
         for name, value in typed.items():
-            if strict and name not in MAY_CHANGE and name in saved and saved[name] != value:
+            fixed = name not in MAY_CHANGE if strict else name in MADE_FOR
+            if fixed and name in saved and saved[name] != value:
                 raise UserError(f"{flag(name)} {value} contradicts the checkpoint, which has {flag(name)} "
                                 f"{saved[name]}. Leave the flag out to go on with it, "
                                 f"or start over with --fresh.")
@@ -1317,7 +1326,7 @@ def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path
 
 def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
     """Says where a run goes on, or that there is nothing left to do."""
-    step, before = checkpoint["step"], checkpoint["config"]["steps"]
+    step, before = checkpoint["step"], checkpoint["config"].get("steps", cfg.steps)
     if step >= cfg.steps:
         print(f"{path} is finished: {step:,} steps. A larger --steps goes on, --fresh starts over.",
               flush=True)

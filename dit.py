@@ -359,8 +359,8 @@ class Latents(torch.utils.data.Dataset):
         mu = torch.from_numpy(self.mu[image].astype(np.float32))
         log_var = (torch.from_numpy(self.log_var[image].astype(np.float32)) if self.log_var is not None
                    else torch.full_like(mu, -30))                           # no variance kept: sigma = 3e-7
-        return mu, log_var, self.texts[self.texts.null if drop_text else self.text[row]], \
-            torch.from_numpy(self.mu[source].astype(np.float32)) if source >= 0 else None
+        source_mu = torch.from_numpy(self.mu[source].astype(np.float32)) if source >= 0 else None
+        return mu, log_var, self.texts[self.texts.null if drop_text else self.text[row]], source_mu
 
     def collate(self, items):
         mu, log_var, texts, sources = zip(*items)
@@ -463,9 +463,9 @@ def averaged(model: DiT, ema: dict[str, torch.Tensor]):
 
 
 def held_out_batch(run: data.Run, latents: Latents, rows: list[int], mean, variance, most: int = 64):
-    """(z_0, c, mask, source) of the first rows, on the device; z_0 is the normalised mu."""
-    mu, _, c, mask, source = run.to_device(
-        latents.collate([latents[(row, False, False)] for row in rows[:most]]))
+    """(z_0, c, mask, source) of rows from all over the list, on the device; z_0 is the normalised mu."""
+    rows = rows[::max(1, len(rows) // most)][:most]
+    mu, _, c, mask, source = run.to_device(latents.collate([latents[(row, False, False)] for row in rows]))
     return (normalise(mu, mean, variance), c, mask,
             source if source is None else normalise(source, mean, variance))
 
@@ -526,6 +526,7 @@ def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
                              f"python dit.py --fresh")
     model = build(data.plain(cfg), shape)
     data.load_weights(model, checkpoint["ema"], path)
+    checkpoint["config"] = data.plain(cfg)             # whole and checked
     return model.eval().requires_grad_(False).to(device), checkpoint
 
 
@@ -541,7 +542,8 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         rows = read_rows(run.out, meta)
         texts = encode_texts(cfg, run, ["", *sorted({row["text"] for row in rows} - {""})])
         latents = Latents(run.out / "latents", meta, rows, texts)
-        captions, edits = latents.rows(False, False), latents.rows(False, True) if cfg.edit_fraction else []
+        captions = latents.rows(False, False)
+        edits = latents.rows(False, True) if cfg.edit_fraction else []
         if not captions and not edits:
             raise data.UserError(f"{run.out}/latents has no rows to train on.")
         shape = {"grid": meta["grid"], "z_dim": meta["z_dim"], "d_text": texts.dim}
@@ -563,18 +565,20 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
             data.load_weights(model, checkpoint["model"], path)
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
-        alpha_bar = noise_schedule(cfg.T, cfg.beta_start, cfg.beta_end, cfg.schedule).to(run.device)
+        alpha_bar = model.alpha_bar
         mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
         held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
         held_out = {prefix: held_out_batch(run, latents, rows, mean, variance)
                     for prefix, rows in held_out.items() if rows}
-        if not latents.rows(True, False) and not latents.rows(True, True):
-            run.say("no held-out pictures: the columns held_out_… are of training pictures")
+        for prefix, what in (("", "captions"), ("edit_", "edits")):
+            if prefix in held_out and not latents.rows(True, bool(prefix)):
+                run.say(f"no held-out {what}: the columns held_out_{prefix}q1 to q4 are of training pictures")
         share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
-        for prefix, (z_0, *rest) in held_out.items():
-            z_t, c, mask, source = (None if part is None else part[:1] for part in (z_0, *rest))
-            one = z_t, torch.ones(1, dtype=torch.long, device=run.device), c, mask, source
-            run.count_flops(model, lambda: model(*one).sum(), share if prefix else 1 - share)
+        t_one = torch.ones(1, dtype=torch.long, device=run.device)
+        for prefix, several in held_out.items():
+            z_0, c, mask, source = (None if part is None else part[:1] for part in several)
+            run.count_flops(model, lambda: model(z_0, t_one, c, mask, source).sum(),
+                            share if prefix else 1 - share)
         if cfg.compile and run.device.type == "cuda":
             model.compile()
         run.open_log(start, checkpoint and checkpoint["pending"],
@@ -679,13 +683,11 @@ def main(argv: list[str] | None = None):
     out = Path(typed.get("out", "out"))
     if typed.get("size") in SIZES:
         typed = dict(zip(("width", "depth", "heads"), SIZES[typed["size"]])) | typed
-    if typed.get("fresh"):
-        data.set_aside(out, "dit.pt", "dit.csv", "dit.png")
     checkpoint = (data.load(out / "dit.pt", "dit")
                   if (out / "dit.pt").exists() and not typed.get("fresh") else None)
     meta = read_meta(out)
-    encoder = data.load(out / "psvae.pt", "psvae") if (out / "psvae.pt").exists() else {}
-    if encoder.get("fingerprint", meta["fingerprint"]) != meta["fingerprint"]:
+    if ((out / "psvae.pt").exists()
+            and data.load(out / "psvae.pt", "psvae")["fingerprint"] != meta["fingerprint"]):
         raise data.UserError(f"{out}/latents were made by another psvae.pt than the one beside them. Write "
                              f"them again: python psvae.py --encode-only")
     if checkpoint and checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
@@ -694,6 +696,8 @@ def main(argv: list[str] | None = None):
                              f"Start over with --fresh.")
     inherited = data.inherit(None if checkpoint else meta, ("preset",), typed, out / "latents")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])
+    if cfg.fresh:
+        data.set_aside(out, "dit.pt", "dit.csv", "dit.png")
     if checkpoint and data.is_finished(checkpoint, cfg, out / "dit.pt"):
         return
     train(cfg, checkpoint, meta)

@@ -264,6 +264,7 @@ def load_psvae(path: Path, device="cpu") -> tuple[PSVAE, dict]:
     cfg = data.configure(Config, PRESETS, {}, saved=checkpoint["config"])
     model = PSVAE(data.build_image_encoder(checkpoint["encoder_description"]), cfg.z_dim, cfg.widths)
     data.load_weights(model, checkpoint["model"], path)
+    checkpoint["config"] = data.plain(cfg)             # whole and checked
     return model.eval().requires_grad_(False).to(device), checkpoint
 
 
@@ -410,23 +411,26 @@ def evaluate(cfg: Config):
         lpips = None
     count = min(folder.own or len(pictures), 50_000)
     keys = lambda step: [(i, None) for i in range(step * cfg.batch, min(count, (step + 1) * cfg.batch))]
-    for images, _ in data.batches(pictures, keys, 0, -(-count // cfg.batch), cfg.workers):
+    broken = set()
+    for images, unreadable in data.batches(pictures, keys, 0, -(-count // cfg.batch), cfg.workers):
+        broken |= {index for index, _ in unreadable}
         x = data.to_float(images, device)
         x_hat = model.decode(model.encode(x)[0])
-        distance = (lpips(x_hat.clamp(-1, 1), x).flatten() if lpips
-                    else torch.full((len(x),), math.nan, device=device))
-        scores.append(torch.stack([psnr(x_hat, x), ssim(x_hat, x), distance], 1).cpu())
+        perceptual = (lpips(x_hat.clamp(-1, 1), x).flatten() if lpips
+                      else torch.full((len(x),), math.nan, device=device))
+        scores.append(torch.stack([psnr(x_hat, x), ssim(x_hat, x), perceptual], 1).cpu())
         for features, picture in ((real, x), (fake, x_hat.clamp(-1, 1))):
             features.append(frozen_encoder.tokens(picture)[:, 0].cpu().numpy())     # CLS
     values = torch.cat(scores)
     mean, spread = values.mean(0).tolist(), values.std(0, correction=0).tolist()
-    print(f"held-out pictures: N = {len(values)}, from {folder.root}")
+    print(f"held-out pictures: N = {len(values)}, from {folder.root}"
+          + (f"; {len(broken)} cannot be read, the next ones took their places" if broken else ""))
     for name, m, s in zip(("PSNR dB", "SSIM", "LPIPS"), mean, spread):
         if not math.isnan(m):
             print(f"  {name:8s} {m:8.3f}  (standard deviation over pictures {s:.3f})")
     if len(values) > 1:
-        distance = frechet_distance(np.concatenate(real), np.concatenate(fake))
-        print(f"  FDD      {distance:8.3f}  (encoder {cfg.encoder}; biased upward for small N)")
+        fdd = frechet_distance(np.concatenate(real), np.concatenate(fake))
+        print(f"  FDD      {fdd:8.3f}  (encoder {cfg.encoder}; biased upward for small N)")
 
 
 @torch.no_grad()
@@ -498,8 +502,8 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
             rate = data.learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            h = cfg.image_size // 16
-            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed, step
+            side = cfg.image_size // 16
+            eps = run.randn(step, "eps", side, side, cfg.z_dim)             # (B, h, w, z_dim), by seed, step
 
             total = {}
             for x_part, eps_part in zip(x.chunk(cfg.micro_batches), eps.chunk(cfg.micro_batches)):
@@ -531,7 +535,7 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(),
                          encoder_description=model.encoder.description,
                          encoder_fingerprint=encoder_fingerprint, fingerprint=model.fingerprint())
-            if stopping:                                # in the last step too: the latents are still to come
+            if stopping or last and run.stop:           # in the last step too: the latents are still to come
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'psvae.pt'}, {run.out / 'psvae.csv'}, {run.out / 'psvae.png'}")
 
@@ -580,7 +584,8 @@ def write_latents(cfg: Config):
         if all(meta.get(key) == value for key, value in mark.items()):
             return run.say(f"{final} is complete: {meta['count']:,} pictures. Next: python dit.py")
         count, side = len(run.folder.images), cfg.image_size // 16
-        shape, names = (count, side, side, cfg.z_dim), ("mu", "log_var") if cfg.latents == "both" else ("mu",)
+        shape = (count, side, side, cfg.z_dim)
+        names = ("mu", "log_var") if cfg.latents == "both" else ("mu",)
         if run.main:
             if data.read_json(work / "mark.json") != mark:
                 data.remove_folder(work)
@@ -678,8 +683,6 @@ def channel_statistics(maps: list[np.ndarray], pictures: np.ndarray) -> tuple[np
 def main(argv: list[str] | None = None):
     typed = data.read_flags(Config, argv, __doc__, PRESETS)
     out = Path(typed.get("out", "out"))
-    if typed.get("fresh"):
-        data.set_aside(out, "psvae.pt", "psvae.csv", "psvae.png")
     only = [name for name in ("encode_only", "evaluate", "reconstruct") if typed.get(name)]
     there = (out / "psvae.pt").exists() and not typed.get("fresh")  # another rank may not have moved it yet
     checkpoint = data.load(out / "psvae.pt", "psvae", "python psvae.py") if only or there else None
@@ -687,6 +690,8 @@ def main(argv: list[str] | None = None):
     inherited = data.inherit(stage_1 and stage_1["config"], INHERITED, typed, out / "svae.pt")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"],
                          strict=not only)
+    if cfg.fresh and not only:
+        data.set_aside(out, "psvae.pt", "psvae.csv", "psvae.png")
     if not checkpoint and not stage_1:
         print(f"no {out / 'svae.pt'}: projector and semantic decoder start from scratch. Without stage 1 the "
               f"latent has first to find the features' meaning again (python svae.py makes it).")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import data
-from dit import DiT, load_dit, noise_schedule, normalise
+from dit import DiT, load_dit, normalise
 from psvae import load_psvae
 
 
@@ -187,8 +187,7 @@ class Pipeline:
         self.latent_shape = (grid, grid, checkpoint["shape"]["z_dim"])
         self.mean, self.variance = (torch.tensor(checkpoint[name], device=device)
                                     for name in ("mean", "variance"))
-        self.alpha_bar = noise_schedule(*(self.config[name]
-                                          for name in ("T", "beta_start", "beta_end", "schedule")))
+        self.alpha_bar = self.dit.alpha_bar.cpu()      # (T + 1,) float64
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], seeds: list[int], sources: np.ndarray | None = None, steps=50,

@@ -262,8 +262,8 @@ def train(cfg: Config, checkpoint: dict | None):
             rate = data.learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            h = cfg.image_size // 16
-            eps = run.randn(step, "eps", h, h, cfg.z_dim)                   # (B, h, w, z_dim), by seed, step
+            side = cfg.image_size // 16
+            eps = run.randn(step, "eps", side, side, cfg.z_dim)             # (B, h, w, z_dim), by seed, step
 
             total = {}
             for x_part, eps_part in zip(x.chunk(cfg.micro_batches), eps.chunk(cfg.micro_batches)):
@@ -303,11 +303,11 @@ def train(cfg: Config, checkpoint: dict | None):
 def main(argv: list[str] | None = None):
     typed = data.read_flags(Config, argv, __doc__, PRESETS)
     out = Path(typed.get("out", "out"))
-    if typed.get("fresh"):
-        data.set_aside(out, "svae.pt", "svae.csv", "svae.png")
     checkpoint = (data.load(out / "svae.pt", "svae")
                   if (out / "svae.pt").exists() and not typed.get("fresh") else None)
     cfg = data.configure(Config, PRESETS, typed, saved=checkpoint and checkpoint["config"])
+    if cfg.fresh:
+        data.set_aside(out, "svae.pt", "svae.csv", "svae.png")
     if checkpoint and data.is_finished(checkpoint, cfg, out / "svae.pt"):
         return
     train(cfg, checkpoint)

@@ -139,8 +139,8 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
     if not train.rows:
         raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
     if not held_out.images:
-        print(f"--data {name}: too few pictures to hold any out; what is called held out is training pictures",
-              flush=True)
+        print(f"--data {name}: too few pictures to hold any out; what is called held out are training "
+              f"pictures", flush=True)
     return train, held_out if held_out.images else train
 
 
@@ -155,8 +155,7 @@ def _draw_world(top: Path, count: int):
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str):
-    """Raises UserError when more than the fraction max_broken of `total` is broken,
-    with counts and examples."""
+    """Raises UserError when more than max_broken of `total` is broken, with counts and examples."""
     if len(broken) > max_broken * total:
         raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken {max_broken} "
                         f"allows. The first: {'; '.join(broken[:3])}. "
@@ -220,8 +219,7 @@ def _read_layout(root: Path, top: Path) -> Folder:
 
 
 def _read_metadata(table: Path, present: set[str]) -> Folder:
-    """Rows {"file_name", "text"[, "source"]}, paths relative to the table's folder,
-    which they may not leave."""
+    """Rows {"file_name", "text"[, "source"]}, with paths that stay inside the table's folder."""
     folder, index = Folder(table.parent, "metadata"), {}
 
     def image(name) -> int:
@@ -281,8 +279,7 @@ def _words(name: str) -> str:
 
 
 def unicode(text: str) -> str:
-    """Half characters (a file name that is no UTF-8, "\\ud800" in JSON) become "?":
-    no file could hold them."""
+    """Half characters ("\\ud800" in JSON, a file name that is no UTF-8) become "?": no file holds them."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -330,8 +327,7 @@ def open_image(path: str, draft: int = 0) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Crops to a square of `size`:
-    the centre, or with rng a random resized crop (half the area or more) and flip."""
+    """A square of `size`: the centre, or with rng a random resized crop (half the area or more), flipped."""
     width, height = image.size
     if rng is None:
         side = min(width, height)
@@ -409,8 +405,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def batches(dataset, keys_of_step, start: int, stop: int, workers: int = 0, pin: bool = False):
-    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]), s in start .. stop - 1,
-    read ahead by workers."""
+    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]) for s in start .. stop - 1."""
     yield from torch.utils.data.DataLoader(
         dataset, batch_sampler=(keys_of_step(step) for step in range(start, stop)),
         collate_fn=dataset.collate, num_workers=workers, pin_memory=pin,
@@ -483,15 +478,13 @@ class ImageEncoder(nn.Module):
 
     @property
     def description(self) -> dict:
-        """The architecture as plain types, enough for build_image_encoder;
-        the same in every version of transformers."""
+        """The architecture as plain types, for build_image_encoder; the same in every transformers."""
         config = self.network.config.to_dict()
         return {name: config[name] for name in ARCHITECTURE if name in config}
 
 
 def load_image_encoder(name: str) -> ImageEncoder:
-    """A DINOv2 by hub name or local folder, in fp32.
-    Raises UserError where it cannot be had or is something else."""
+    """A DINOv2 by hub name or local folder, in fp32. Raises UserError."""
     from transformers import AutoModel
     return ImageEncoder(_load_pretrained(AutoModel, name, ("dinov2", "dinov2_with_registers"), torch.float32))
 
@@ -526,8 +519,7 @@ class TextEncoder:
                               truncation=True, max_length=self.max_tokens)
 
     def fingerprint(self) -> str:
-        """sha256 over the beginning of every weight, in bf16: the same on every device,
-        and quick at 4.8 billion."""
+        """sha256 over the beginning of every weight, in bf16: the same on every device, and quick."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
@@ -564,8 +556,7 @@ def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEnc
 
 
 def _local(name: str) -> str:
-    """A folder as typed, or relative to this clone (the shipped encoders);
-    else the name itself, for the hub."""
+    """A folder as typed, or relative to this clone (the shipped encoders), or a name for the hub."""
     for path in (Path(name).expanduser(), HERE / name):
         if path.is_dir():
             return str(path)
@@ -573,8 +564,7 @@ def _local(name: str) -> str:
 
 
 def _load_pretrained(kind, name: str, model_types: tuple[str, ...], dtype):
-    """from_pretrained that accepts nothing half-loaded:
-    transformers fills what is missing at random, silently."""
+    """from_pretrained, but nothing half-loaded: transformers silently fills what is missing at random."""
     import transformers
     from transformers import AutoConfig
     path = _local(name)
@@ -660,8 +650,7 @@ def load_lpips(device) -> nn.Module:
 
 
 def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
-    """lpips' own form has sqrt(0) where a feature vector is all zero (flat regions):
-    its gradient there is NaN."""
+    """lpips' own form has sqrt(0) where all features are zero (flat regions): a gradient of NaN."""
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + eps ** 2)
 
 
@@ -683,8 +672,7 @@ def _permutation(seed: int, stage: str, count: int, epoch: int) -> np.ndarray:
 
 
 def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarray:
-    """Indices (batch,) of the global batch of a step:
-    one permutation of `count` after another, without a gap."""
+    """Indices (batch,) of a step's global batch: one permutation of `count` after another, without a gap."""
     positions = np.arange(step * batch, (step + 1) * batch)
     return np.array([_permutation(seed, stage, count, int(p) // count)[p % count] for p in positions])
 
@@ -696,8 +684,7 @@ def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarra
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path beside `path`, and moves it there when the block ends well:
-    never half a file."""
+    """Yields a temporary path beside `path`, moved there when the block ends well: never half a file."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -764,8 +751,7 @@ class Checkpoint(dict):
 
 
 def load_weights(module: nn.Module, state: dict, path: Path):
-    """Loads weights, all of them, of the right shapes and finite;
-    half precision comes back as the module's own."""
+    """Loads weights: all of them, of the right shapes, finite; half precision as the module's own."""
     own = module.state_dict()
     if not isinstance(state, dict):
         raise UserError(f"{path}: its weights are no dict. Restore it, or start over with --fresh.")
@@ -786,16 +772,14 @@ def load_weights(module: nn.Module, state: dict, path: Path):
 
 
 def check_encoder(found: str, checkpoint: dict, name: str):
-    """Raises UserError where the encoder of that name is no longer the one that a
-    checkpoint was trained with."""
+    """Raises UserError where an encoder is no longer the one that a checkpoint was trained with."""
     if checkpoint["encoder_fingerprint"] != found:
         raise UserError(f"the weights of {name} are not those that the checkpoint was trained with. Bring "
                         f"them back, or start over with --fresh.")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
-    """Loads the moments, of the right shapes and finite:
-    a fused AdamW would read past the end of a short one."""
+    """Loads the moments, right in shape and finite: a fused AdamW reads past the end of a short one."""
     try:                                               # rates and betas come from the configuration
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
@@ -910,7 +894,7 @@ def human(size: float) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; the step was finished and saved."""
 
 
@@ -965,8 +949,7 @@ class Run:
         return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
     def average(self, tensors):
-        """Averages tensors over the ranks, in place:
-        gradients (each rank's loss is a mean over equal slices)."""
+        """Averages gradients over the ranks, in place: each rank's loss is a mean over an equal slice."""
         if self.world > 1:
             tensors = [t for t in tensors if t is not None]
             flat = torch.cat([t.reshape(-1) for t in tensors]) / self.world
@@ -1064,8 +1047,7 @@ class Run:
         self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
 
     def examine(self, step: int, learning_rate: float) -> torch.Tensor:
-        """Fetches the terms since the last log, averaged over ranks;
-        a value that is not finite ends the run."""
+        """The terms since the last log, averaged over ranks; one that is not finite ends the run."""
         values = (torch.stack(self.pending) if self.pending
                   else torch.zeros(0, len(self.terms), device=self.device))
         self.average([values])
@@ -1116,8 +1098,7 @@ class Run:
     # -- how it ends
 
     def stopping(self, step: int) -> bool:
-        """True at the step boundary after a signal.
-        Ranks agree on it at every tenth step, so that none waits alone."""
+        """True after a signal. Ranks agree on it at every tenth step, so that none waits alone."""
         if self.world == 1:
             return bool(self.stop)
         if step % 10:
@@ -1134,19 +1115,13 @@ class Run:
                                                        # (where a __del__ swallows it: at the next step)
         print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
 
-    def close(self):
-        if hasattr(self, "bar"):                       # also after an error, whose line follows
-            self.bar.close()
-        if hasattr(self, "csv"):
-            self.csv.close()
-        if self.lock:
-            self.lock.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        for part in (getattr(self, name, None) for name in ("bar", "csv", "lock")):
+            if part is not None:                       # the bar also after an error, whose line follows
+                part.close()
 
 
 def together(collective, *args):
@@ -1236,8 +1211,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_flags(Config, argv: list[str] | None, description: str, presets: dict[str, dict] = {}) -> dict:
-    """Only what was typed, as {field: value}.
-    Each field of the dataclass is a flag; its comment is its help."""
+    """What was typed, as {field: value}: each field of the dataclass is a flag, its comment the help."""
     parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -1337,8 +1311,7 @@ def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
 
 
 def set_aside(out: Path, *names: str):
-    """--fresh: moves the old run's files into out/old-<n>/ instead of deleting them,
-    unless it is still running."""
+    """--fresh: moves the old run's files into out/old-<n>/, unless it is still running."""
     present = [out / name for name in names if (out / name).exists()]
     if present and os.environ.get("RANK", "0") == "0":
         with take_lock(out, present[0].stem):
@@ -1350,8 +1323,7 @@ def set_aside(out: Path, *names: str):
 
 
 def program(main):
-    """Wraps main(argv) into a program:
-    exit code 0, 2 with one line for a UserError, 130 or 143 after a signal."""
+    """main(argv) as a program: exit code 0, 2 with one line for a UserError, 130 or 143 after a signal."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -1363,8 +1335,6 @@ def program(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
-        except Stopped as stopped:
-            return 128 + stopped.args[0]
         except KeyboardInterrupt as interrupt:
             return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         except OSError as error:                       # a full disk, no permission, a disk that is gone
@@ -1394,8 +1364,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
-    """Feature maps (B, h, w, c) as colours:
-    their first three principal components, fitted on the first of them."""
+    """Feature maps (B, h, w, c) as colours: the first three principal components of the first map."""
     first = maps[0].detach().double().cpu().flatten(0, 2)
     mean = first.mean(0)
     _, _, axes = torch.linalg.svd(first - mean, full_matrices=False)
@@ -1413,8 +1382,7 @@ def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
 
 def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
          heads: list[str] | None = None, gap: int = 4, least: int = 96) -> Image.Image:
-    """Rows of uint8 pictures on white, each with a caption under it;
-    small ones are enlarged to `least` pixels."""
+    """Rows of uint8 pictures on white, captions under them; small ones are enlarged to `least` pixels."""
     font = ImageFont.load_default(11)
     scale = max(1, -(-least // rows[0][0].shape[0]))
     width = max(picture.shape[1] for row in rows for picture in row) * scale

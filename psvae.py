@@ -567,9 +567,9 @@ def write_latents(cfg: Config):
     posteriors, not samples, so that stage 3 draws afresh.
 
     mu.npy and, with --latents both, log_var.npy are (count, h, w, z_dim) in float16; rows.jsonl has a line
-    {"image", "text"[, "source"][, "held_out"]} for each caption or edit, with indices into them; meta.json the
-    statistics of every channel and the fingerprint of the model. Centre crops, no flip. Killed, it goes on;
-    ranks take slices.
+    {"image", "text"[, "source"][, "held_out"]} for each caption or edit, with indices into them; meta.json
+    has the statistics of every channel and the fingerprint of the model. Centre crops, no flip. Killed, it
+    goes on; ranks take slices.
     """
     final, work = Path(cfg.out) / "latents", Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:

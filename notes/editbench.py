@@ -292,16 +292,16 @@ def main():
     if not pipeline.edits:
         parser.error(f"the model ({name}) was trained without edits")
 
-    def model(guidance, image_guidance, steps):
+    def model(guidance, image_guidance, steps, eta):
         return lambda sources, texts, first: pipeline(texts, [first + i for i in range(len(texts))], sources,
                                                       steps=steps, guidance=guidance,
-                                                      image_guidance=image_guidance)
+                                                      image_guidance=image_guidance, eta=eta)
 
     contenders = []
-    grid = [getattr(args, key) or [own[key]] for key in ("guidance", "image_guidance", "steps")]
-    for s, s_image, steps, seed in itertools.product(*grid, args.seed):
-        title = f"guidance {s:g}, image guidance {s_image:g}, {steps} steps, seed {seed}"
-        contenders.append((title, asked, model(s, s_image, steps), seed))
+    grid = [getattr(args, key) or [own[key]] for key in ("guidance", "image_guidance", "steps", "eta")]
+    for s, s_image, steps, eta, seed in itertools.product(*grid, args.seed):
+        title = f"guidance {s:g}, image guidance {s_image:g}, {steps} steps, eta {eta:g}, seed {seed}"
+        contenders.append((title, asked, model(s, s_image, steps, eta), seed))
     if args.baselines:
         contenders += [(*baseline, 0) for baseline in baselines(pipeline, asked, own)]
     results, shown = [], None

@@ -5,7 +5,7 @@
     python notes/emoji.py --out emoji --packages .
     python svae.py --data emoji --preset tiny --out out_emoji
     python psvae.py --out out_emoji && python dit.py --out out_emoji
-    python notes/emoji.py --page page.png --model out_emoji    edits of held-out pictures: source, result, truth
+    python notes/emoji.py --page page.png --model out_emoji    held-out edits: source, result, truth
 
 Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every picture that
 has a name; an edit (source, instruction, result) for every pair that differs in skin tone alone, in gender

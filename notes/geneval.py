@@ -226,6 +226,7 @@ def add_model_flags(parser):
                         help="folder with psvae.pt and dit.pt (out, else the shipped one)")
     parser.add_argument("--guidance", type=float, nargs="+", help="one or several (the preset's)")
     parser.add_argument("--steps", type=int, nargs="+", help="DDIM steps, one or several (the preset's)")
+    parser.add_argument("--eta", type=float, nargs="+", help="one or several (the preset's)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several (0)")
     parser.add_argument("--batch", type=int, default=128, help="pictures drawn at once (128)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -245,7 +246,7 @@ def load(args):
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    settings = {name: getattr(sample.Config, name) for name in ("guidance", "steps", "image_guidance")}
+    settings = {name: getattr(sample.Config, name) for name in ("guidance", "steps", "image_guidance", "eta")}
     settings |= {k: v for k, v in sample.PRESETS.get(pipeline.config["preset"], {}).items() if k in settings}
     return pipeline, f"{folder}, step {pipeline.step:,}", settings
 
@@ -280,22 +281,24 @@ def main():
         asked, args.n = asked[::4], 1
     pipeline, name, own = load(args)
     results = []
-    for guidance, steps, seed in itertools.product(args.guidance or [own["guidance"]],
-                                                   args.steps or [own["steps"]], args.seed):
+    grid = [getattr(args, key) or [own[key]] for key in ("guidance", "steps", "eta")]
+    for guidance, steps, eta, seed in itertools.product(*grid, args.seed):
         def generate(texts, first):
             seeds = [first + i for i in range(len(texts))]
-            return pipeline(texts, seeds, steps=steps, guidance=guidance)
+            return pipeline(texts, seeds, steps=steps, guidance=guidance, eta=eta)
 
         result = evaluate(generate, asked, args.n, seed, args.batch)
         failures = result.pop("failures")
-        print(f"\n{name}: guidance {guidance:g}, {steps} steps, seed {seed}\n{report(result)}", flush=True)
-        results.append({"model": name, "guidance": guidance, "steps": steps, **result})
+        print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}\n{report(result)}",
+              flush=True)
+        results.append({"model": name, "guidance": guidance, "steps": steps, "eta": eta, **result})
     if len(results) > 1:
-        print(f"\n{'guidance':>9}{'steps':>7}{'seed':>6}{'overall':>9}"
+        print(f"\n{'guidance':>9}{'steps':>7}{'eta':>6}{'seed':>6}{'overall':>9}"
               f"{'seen':>8}{'held out':>10}{'seconds':>9}")
         for r in results:
-            print(f"{r['guidance']:>9g}{r['steps']:>7}{r['seed']:>6}{r['overall']['score']:>9.1%}"
-                  f"{r['seen']['score']:>8.1%}{r['heldout']['score']:>10.1%}{r['seconds']:>9.0f}")
+            scores = [r[part]["score"] for part in ("overall", "seen", "heldout")]
+            print(f"{r['guidance']:>9g}{r['steps']:>7}{r['eta']:>6g}{r['seed']:>6}{scores[0]:>9.1%}"
+                  f"{scores[1]:>8.1%}{scores[2]:>10.1%}{r['seconds']:>9.0f}")
     save(results, [(text, [picture], brief(facts)) for text, picture, facts in failures], args.out)
 
 

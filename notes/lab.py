@@ -35,7 +35,7 @@ from psvae import (ConvBlock, PSVAE, PixelDecoder, Projector, SemanticDecoder, f
                    group_norm, kl_divergence, psnr, psvae_loss, reparameterize, semantic_loss, ssim)
 from sample import ddim, sampling_times                                                          # noqa: E402
 
-VERSION = 2            # goes up when the same settings would train something else: old parts are then unused
+VERSION = 3            # goes up when the same settings would train something else: old parts are then unused
 SAVE_EVERY = 60        # seconds between checkpoints of a part
 T, BETAS = 1000, (1e-4, 0.02)
 KINDS = {"vae": "Standard VAE", "rae": "RAE", "svae": "S-VAE", "pvae": "P-VAE", "psvae": "PS-VAE",

@@ -2127,7 +2127,8 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_obeyed_before_the_enco
 
 
 def test_what_is_not_read_and_what_is_not_held_out_is_said(tmp_path, capsys):
-    picture(tmp_path / "in/train/a.png"), (tmp_path / "in/metadata.csv").write_text("file_name,text\na.png,x\n")
+    picture(tmp_path / "in/train/a.png")
+    (tmp_path / "in/metadata.csv").write_text("file_name,text\na.png,x\n")
     data.read_folder(str(tmp_path / "in"))
     said = capsys.readouterr().out
     assert "metadata.csv is not read" in said and "too few pictures to hold any out" in said
@@ -2582,6 +2583,33 @@ def test_a_reader_is_asked_at_the_last_token_of_each_noun(encoders):
         "next": ["circle", "", ""], "next colour": ["red", "", ""]}
     at_one = reader.head.weight.sum(1) + reader.head.bias
     torch.testing.assert_close(torch.cat([logits for logits, _ in answers.values()], 1), at_one.expand(3, -1))
+
+
+def test_a_text_encoder_learns_to_read(encoders, capsys):
+    encoder, rng = data.load_text_encoder(encoders[1], 64), np.random.default_rng(0)
+    texts = [f"a {rng.choice(['red', 'green', 'blue'])} {rng.choice(['star', 'cross'])}" for _ in range(60)]
+    pretrain_tiny.learn_to_read(encoder, texts, texts, 100, "cpu")
+    told = dict(re.findall(r"(\w[\w ]*) ([\d.]+)%", capsys.readouterr().out.split("told right: ")[1]))
+    assert len(told) == 11 and float(told["colour"]) > 90               # chance: 33
+    assert not any(p.requires_grad for p in encoder.network.parameters())
+
+
+def test_the_shipped_text_encoder_knows_which_colour_is_whose():
+    """A bag of words would be right in half the cases, and so would the diffusion model that reads it."""
+    encoder, texts, colours, features = data.load_text_encoder(data.TINY_TEXT_ENCODER, 64), [], [], []
+    for k in range(600):
+        rng = np.random.default_rng(k)
+        (first, second), (a, b) = rng.choice(8, 2, replace=False), rng.choice(6, 2)
+        name = lambda colour, shape: f"the {list(lab.world.COLOURS)[colour]} {lab.world.SHAPES[shape]}"
+        texts.append(f"{name(first, a)} {rng.choice(['above', 'and', 'left of'])} {name(second, b)}")
+        colours.append(first)
+    tokens, (h, _) = encoder.tokenize(texts), encoder(texts)
+    at = [tokens.char_to_token(i, pretrain_tiny.nouns_of(text)[0][0] - 1) for i, text in enumerate(texts)]
+    features = F.pad(h[range(600), at], (0, 1), value=1.0).double()
+    answer = F.one_hot(torch.tensor(colours)).double()
+    weights = torch.linalg.lstsq(features[:400], answer[:400]).solution
+    right = ((features[400:] @ weights).argmax(1) == answer[400:].argmax(1)).double().mean().item()
+    assert right > 0.95
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class Config:
 
 PRESETS = {                                 # by the preset of dit.pt
     "full": {},
-    "tiny": dict(guidance=3.0),
+    "tiny": dict(guidance=3.0, eta=1.0),
 }
 SHIPPED = data.HERE / "notes/tiny"
 

@@ -535,7 +535,7 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 run.save(done, rate, model=model.state_dict(), optimizer=optimizer.state_dict(),
                          encoder_description=model.encoder.description,
                          encoder_fingerprint=encoder_fingerprint, fingerprint=model.fingerprint())
-            if stopping or last and run.stop:           # in the last step too: the latents are still to come
+            if stopping or last and run.stopping(0):    # all ranks agree: the latents are still to come
                 raise data.Stopped(run.stop)
         run.say(f"finished: {run.out / 'psvae.pt'}, {run.out / 'psvae.csv'}, {run.out / 'psvae.png'}")
 

@@ -95,7 +95,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
 PRESETS = {
     "full": {},
     "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=10600,
-                 edit_fraction=0.25, max_weight=20.0, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
+                 edit_fraction=0.25, max_weight=2000.0, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
                  precision="fp32", compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }
 

@@ -46,7 +46,7 @@ import sample
 import svae
 from notes import bench, convert, editbench, emoji, full_path, geneval, guide_vs_paper, judge, lab
 from notes import off_manifold
-from notes import pretrain_tiny, schedule, ship
+from notes import places, pretrain_tiny, schedule, ship, swaps
 
 torch.set_num_threads(2)
 HERE = Path(data.__file__).parent
@@ -2610,6 +2610,65 @@ def test_the_shipped_text_encoder_knows_which_colour_is_whose():
     weights = torch.linalg.lstsq(features[:400], answer[:400]).solution
     right = ((features[400:] @ weights).argmax(1) == answer[400:].argmax(1)).double().mean().item()
     assert right > 0.95
+
+
+def test_a_swap_exchanges_the_word_and_nothing_else():
+    (_, place), (_, add), (_, shape) = (swaps.SWAPS[name] for name in (
+        "place: above, left", "add …: above, left", "remove …: which"))
+    assert place("a red star to the left of a circle") == "a red star to the right of a circle"
+    assert place("a star over a cross on a teal background") == "a star under a cross on a teal background"
+    assert add("add a star below the cross") == "add a star above the cross" and add("a star below a cross"
+                                                                                     ) == "a star below a cross"
+    assert shape("erase the three stars") == "erase the three stars"    # a plural is another word
+    assert shape("erase the star") == "erase the circle"
+    assert (swaps.exchange_colours("a red circle and a blue star on a gray background")
+            == "a blue circle and a red star on a gray background")
+    assert swaps.exchange_colours("a red circle and a star") == "a red circle and a star"
+    for edit, swap in swaps.SWAPS.values():
+        for picture, source, text, wrong in swaps.examples(edit, swap, 3):
+            assert text != wrong and len(text.split()) == len(wrong.split())
+            assert picture.shape == (64, 64, 3) and (source is None) is not edit
+
+
+def test_a_wrong_word_costs_what_the_model_is_put_out_by_it():
+    edit, swap = swaps.SWAPS["number: two, three"]
+    true = {text for _, _, text, _ in swaps.examples(edit, swap, 5)}
+    alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02)
+
+    class PutOut:                                       # knows the noise; a wrong text puts it out by 0.3
+        def __call__(self, z_t, t, c, mask, source):
+            return torch.randn(z_t.shape, generator=torch.Generator().manual_seed(0)) + c
+
+    PutOut.alpha_bar = alpha_bar
+    pipeline = SimpleNamespace(
+        device="cpu", mean=torch.zeros(3), variance=torch.ones(3), config={"T": 1000}, dit=PutOut(),
+        psvae=SimpleNamespace(encode=lambda x: (F.avg_pool2d(x, 16).permute(0, 2, 3, 1), None)),
+        text_encoder=lambda texts: (torch.tensor([0.0 if text in true else 0.3 for text in texts])
+                                    .view(-1, 1, 1, 1), None))
+    for t, found in zip(swaps.TIMES, swaps.measure(pipeline, edit, swap, 5)):
+        np.testing.assert_allclose(found, (0, 0.09 / alpha_bar[t].item(), 1), atol=1e-12, rtol=1e-5)
+
+
+
+def test_a_model_that_was_taught_places_goes_on_from_there(copy, capsys):
+    out = copy("latents", "text", "psvae.pt", "dit.pt")
+    before = data.load(out / "dit.pt", "dit")
+    assert places.main(["--out", str(out), "--steps", "4", "--t-from", "1000"]) == 0
+    after = data.load(out / "dit.pt", "dit")
+    assert after.keys() == before.keys() and after["step"] == before["step"] == 7
+    for part in ("model", "ema"):
+        assert not torch.equal(after[part]["head.weight"], before[part]["head.weight"])
+    assert after["optimizer"]["state"][0]["step"] == 4
+    assert dit.main(["--out", str(out), "--steps", "8"]) == 0
+    (out / "dit.pt").unlink()
+    assert places.main(["--out", str(out)]) == 2 and "python dit.py" in capsys.readouterr().err
+
+def test_the_shipped_model_reads():
+    """For a long time it did not read where things are to be, and no loss showed it."""
+    pipeline = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
+    for name in ("place: above, left", "number: two, three", "whose colour", "move …: left, top"):
+        _, more, share = swaps.measure(pipeline, *swaps.SWAPS[name], 60)[swaps.TIMES.index(800)]
+        assert more > 0.02 and share > 0.65, name
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def build(out: Path, packages: str):
     print(f"{out}: {len(stems):,} pictures, {len(rows) - edits:,} captions, {edits:,} edits")
 
 
-def page(path: Path, model: str, folder: str, count: int):
+def page(path: Path, model: str, folder: str, count: int, guidance: float):
     """Source | two results | the true picture, for edits of which neither picture was seen in training."""
     import numpy as np
     import data
@@ -138,7 +138,8 @@ def page(path: Path, model: str, folder: str, count: int):
     sources = np.stack([read(source) for _, _, source in chosen])
     texts, results = [text for _, text, _ in chosen], []
     for seed in (0, 1):
-        results.append(pipeline(texts, [seed * 1000 + i for i in range(len(chosen))], sources))
+        results.append(pipeline(texts, [seed * 1000 + i for i in range(len(chosen))], sources,
+                                guidance=guidance))
     rows = [[sources[i], results[0][i], results[1][i], read(image)] for i, (image, _, _) in enumerate(chosen)]
     heads = ["source", "result", "another seed", "true picture"]
     data.save_png(data.grid(rows, [[text, "", "", ""] for text in texts], heads, least=128), path)
@@ -153,8 +154,9 @@ if __name__ == "__main__":
     parser.add_argument("--page", default="", help="write a page of edits with a trained model instead")
     parser.add_argument("--model", default="out", help="folder with psvae.pt and dit.pt, for --page (out)")
     parser.add_argument("--count", type=int, default=16, help="edits on the page (16)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale on the page (2)")
     args = parser.parse_args()
     if args.page:
-        page(Path(args.page), args.model, args.out, args.count)
+        page(Path(args.page), args.model, args.out, args.count, args.guidance)
     else:
         build(Path(args.out), args.packages)

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 2   # goes up whenever the same index would draw another picture
+VERSION = 3   # goes up whenever the same index would draw or say something else
 SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
@@ -309,7 +309,7 @@ def caption(scene, rng):
     text = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     if len(objects) == len(groups) == 2:
         where = relation(*objects)
-        if where and rng.random() < 0.6:
+        if where and rng.random() < 0.8:
             text = f"{phrases[0]} {choose(rng, WORDS[where])} {phrases[1]}"
     if rng.random() < 0.2:
         text = choose(rng, FRAMES).format(text)

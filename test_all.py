@@ -2660,6 +2660,8 @@ def test_a_model_that_was_taught_places_goes_on_from_there(copy, capsys):
         assert not torch.equal(after[part]["head.weight"], before[part]["head.weight"])
     assert after["optimizer"]["state"][0]["step"] == 4
     assert dit.main(["--out", str(out), "--steps", "8"]) == 0
+    (out / "text/meta.json").unlink()
+    assert places.main(["--out", str(out)]) == 2 and "does not fit" in capsys.readouterr().err
     (out / "dit.pt").unlink()
     assert places.main(["--out", str(out)]) == 2 and "python dit.py" in capsys.readouterr().err
 

@@ -3,9 +3,10 @@
     python notes/emoji.py --out emoji                 downloads two npm packages (16 MB), writes emoji/
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0     or fetch them yourself, and then
     python notes/emoji.py --out emoji --packages .
-    python svae.py --data emoji --preset tiny --out out_emoji
-    python psvae.py --out out_emoji && python dit.py --out out_emoji
-    python notes/emoji.py --page page.png --model out_emoji    held-out edits: source, result, truth
+    python svae.py --data emoji --preset tiny --out out_emoji --z-dim 48
+    python psvae.py --out out_emoji --beta 3e-4 --steps 3000
+    python dit.py --out out_emoji --edit-fraction 0.75 --steps 2200      the three: 50 minutes on one core
+    python notes/emoji.py --page notes/emoji.png --model out_emoji    held-out edits: source, result, truth
 
 Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every picture that
 has a name; an edit (source, instruction, result) for every pair that differs in skin tone alone, in gender

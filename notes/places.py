@@ -41,7 +41,10 @@ def main(argv=None):
     out, device = Path(args.out), data.pick_device("auto")
     saved, meta = data.load(out / "dit.pt", "dit", before="python dit.py"), dit.read_meta(out)
     cfg, rows = data.configure(dit.Config, dit.PRESETS, {}, saved=saved["config"]), dit.read_rows(out, meta)
-    texts = dit.Texts(out / "text", ["", *sorted({row["text"] for row in rows} - {""})])
+    captions = ["", *sorted({row["text"] for row in rows} - {""})]
+    if data.read_json(out / "text/meta.json").get("captions") != data.digest_of(captions):
+        raise data.UserError(f"{out}/text does not fit {out}/latents; python dit.py --out {out} writes it.")
+    texts = dit.Texts(out / "text", captions)
     latents = dit.Latents(out / "latents", meta, rows, texts)
     kinds = [some for some in (latents.rows(False, False), latents.rows(False, True)) if some]
     placed = [[row for row in some if PLACES.search(rows[row]["text"])] or some for some in kinds]

@@ -24,6 +24,20 @@ import data                                                                     
 import dit                                                                                        # noqa: E402
 
 PLACES = re.compile(r"\b(above|below|over|under|left|right|top|bottom)\b")
+SHARE = 0.7              # of the rows that certainly name a place; the others are any rows
+T_FROM = 400             # t is uniform from here to T
+LEARNING_RATE = 1e-3     # after 100 steps of warm-up
+
+
+def keys_of_step(step: int, cfg: dit.Config, kinds: list[list[int]],
+                 placed: list[list[int]]) -> list[tuple[int, bool, bool]]:
+    """A batch as keys of dit.Latents. kinds: rows of captions and, if there are any, of edits; placed: those
+    of each that name a place."""
+    kind, g = (step % 4 == 3) % len(kinds), data.generator(cfg.seed, "places", step, "rows")
+    pick = lambda rows: rows[torch.randint(len(rows), (), generator=g).item()]
+    chance = lambda p: torch.rand((), generator=g).item() < p
+    return [(pick((placed if chance(SHARE) else kinds)[kind]), chance(cfg.drop_text), False)
+            for _ in range(cfg.batch)]
 
 
 @data.program
@@ -32,44 +46,39 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder with latents/, text/ and dit.pt")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--share", type=float, default=0.7, help="of the rows of a batch that name a place")
-    parser.add_argument("--t-from", type=int, default=400, help="t is uniform from here to T")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
     out, device = Path(args.out), data.pick_device("auto")
-    saved, meta = data.load(out / "dit.pt", "dit", before="python dit.py"), dit.read_meta(out)
-    cfg, rows = data.configure(dit.Config, dit.PRESETS, {}, saved=saved["config"]), dit.read_rows(out, meta)
+    model, saved = dit.load_dit(out / "dit.pt", device)                     # the averaged weights
+    cfg, meta = dit.Config(**saved["config"]), dit.read_meta(out)
+    rows = dit.read_rows(out, meta)
     captions = ["", *sorted({row["text"] for row in rows} - {""})]
-    if data.read_json(out / "text/meta.json").get("captions") != data.digest_of(captions):
-        raise data.UserError(f"{out}/text does not fit {out}/latents; python dit.py --out {out} writes it.")
-    texts = dit.Texts(out / "text", captions)
-    latents = dit.Latents(out / "latents", meta, rows, texts)
+    text = data.read_json(out / "text/meta.json")
+    if (saved["psvae_fingerprint"], saved["text_fingerprint"], data.digest_of(captions)) != (
+            meta["fingerprint"], text.get("fingerprint"), text.get("captions")):
+        raise data.UserError(f"{out}/dit.pt, latents and text do not fit each other; "
+                             f"python dit.py --out {out} says which.")
+    latents = dit.Latents(out / "latents", meta, rows, dit.Texts(out / "text", captions))
     kinds = [some for some in (latents.rows(False, False), latents.rows(False, True)) if some]
     placed = [[row for row in some if PLACES.search(rows[row]["text"])] or some for some in kinds]
 
-    model = dit.build(saved["config"], saved["shape"]).to(device).train()
-    data.load_weights(model, saved["ema"], out / "dit.pt")
+    model.requires_grad_(True).train()
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99),
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     alpha_bar = model.alpha_bar
     mean, variance = (torch.tensor(meta[name], device=device) for name in ("mean", "variance"))
     begin = time.monotonic()
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1, (step + 1) / 100)
-        kind, g = (step % 4 == 3) % len(kinds), data.generator(args.seed, "places", step, "rows")
-        pick = lambda some: some[torch.randint(len(some), (), generator=g).item()]
-        keys = [(pick(placed[kind] if torch.rand((), generator=g) < args.share else kinds[kind]),
-                 bool(torch.rand((), generator=g) < cfg.drop_text), False) for _ in range(cfg.batch)]
+            group["lr"] = LEARNING_RATE * min(1, (step + 1) / 100)
+        keys, g = keys_of_step(step, cfg, kinds, placed), data.generator(cfg.seed, "places", step, "noise")
         mu, log_var, c, mask, source = (part if part is None else part.to(device)
                                         for part in latents.collate([latents[key] for key in keys]))
         z_0 = dit.normalise(dit.sample_z_0(mu, log_var, torch.randn(mu.shape, generator=g).to(device)),
                             mean, variance)
         source = source if source is None else dit.normalise(source, mean, variance)
-        t = torch.randint(min(args.t_from, cfg.T), cfg.T + 1, (cfg.batch,), generator=g).to(device)
+        t = torch.randint(min(T_FROM, cfg.T), cfg.T + 1, (cfg.batch,), generator=g).to(device)
         eps = torch.randn(z_0.shape, generator=g).to(device)
         loss = dit.dit_loss(eps, model(dit.add_noise(z_0, t, eps, alpha_bar), t, c, mask, source),
                             1 / alpha_bar[t].float())

@@ -4,8 +4,9 @@
 
 The model that shipped before read no place after 28,340 steps: "above" stood in a sixth of the captions,
 said something at the noisiest t alone, and in the mixture of everything nothing came of it. With batches of
-which most rows name a place, t from 400 up, and weights 1 / alpha_bar_t, it came within 300 steps, and it
-stayed when training went on as before (notes/LOG.md, "What the model does not read"; swaps.py measures it).
+which most rows name a place, t from 400 up, and weights 1 / alpha_bar_t, it came between step 300 and 500,
+and it stayed when training went on as before (notes/LOG.md, "What the model does not read"; swaps.py measures
+it). Give it the 800: at 300 there is no trace yet but in edits that move something.
 Three batches of four are captions and one is edits, if there are any. Goes on with out/dit.pt and writes it
 back at the end, its step as it was; a kill before that changes nothing.
 """

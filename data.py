@@ -940,6 +940,11 @@ class Run:
         g = generator(self.cfg.seed, self.stage, step, what, self.device)
         return self.mine(torch.randn(self.cfg.batch, *shape, generator=g, device=self.device))
 
+    def rand(self, step: int, what: str, *shape: int) -> torch.Tensor:
+        """Uniform in [0, 1) for this rank's rows, drawn for the global batch."""
+        g = generator(self.cfg.seed, self.stage, step, what, self.device)
+        return self.mine(torch.rand(self.cfg.batch, *shape, generator=g, device=self.device))
+
     def randint(self, step: int, what: str, low: int, high: int) -> torch.Tensor:
         """Integers in low .. high - 1 for this rank's rows, drawn for the global batch."""
         g = generator(self.cfg.seed, self.stage, step, what, self.device)

@@ -7,25 +7,27 @@ the text is then an instruction. This file never sees a pixel: sample.py decodes
 
 Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
 
-    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> v -> eps_hat
-    source, if any -> the same + type, 256 more tokens   ^   ^               ^              of z_t and v
-    t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'             (B,16,16,96)
+    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps or v
+    source, if any -> the same + type, 256 more tokens   ^   ^               ^              (B,16,16,96)
+    t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
     python dit.py                         reads out/latents; tiny: an hour on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
-out/dit.pt, out/dit.csv (loss with its weights, see --max-weight; held-out columns always Eq. 32 as it is) and
+out/dit.pt, out/dit.csv and
 out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again, it goes on.
 Expect (tiny, seed 0): held-out Eq. 32 for t in the second quarter 0.17 after 1,000 steps, 0.10 after 3,000;
 the model that ships is at 0.034 after 38,140, 800 of them notes/places.py. Single objects are then mostly
 right, and two mostly stand where they should; numbers are right in half of the cases.
 """
 
+import collections
 import contextlib
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,8 @@ class Config:
     drop_text: float = 0.1                  # chance that a caption is replaced by "" (for guidance)
     drop_both: float = 0.05                 # share of edit batches without source and text
     edit_fraction: float = 0.3              # share of batches that are edits, where there are any
-    max_weight: float = 1.0                 # noisy t weigh min(1 / alpha_bar_t, this); 1: Eq. 32 as it is
+    predict: str = "eps"                    # what the network predicts: eps, as in Eq. 32, or v
+    whiten_text: bool = False               # text enters with mean 0 and covariance I over the captions' tokens
     steps: int = 400_000                    # optimisation steps
     batch: int = 256                        # latents a step, over all processes
     micro_batches: int = 1                  # gradient accumulation: parts that a process cuts its batch into
@@ -80,12 +83,12 @@ class Config:
     def __post_init__(self):
         data.check(self, max_tokens=(1, 4096), width=(2, 65536), depth=(1, 1000), heads=(1, 1000),
                    T=(1, 100_000), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999), drop_text=(0, 1),
-                   drop_both=(0, 1), edit_fraction=(0, 1), max_weight=(1, 1e9), steps=(1, 1e9),
+                   drop_both=(0, 1), edit_fraction=(0, 1), steps=(1, 1e9),
                    batch=(1, 1e6), micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10),
                    warmup=(0, 1e9), clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512), max_broken=(0, 1),
                    log_every=(1, 1e9), eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
-                          schedule=("scaled_linear", "linear"), size=("", *SIZES))
+                          schedule=("scaled_linear", "linear"), predict=("eps", "v"), size=("", *SIZES))
         if self.width % self.heads:
             raise data.UserError(f"--width {self.width} does not divide by --heads {self.heads}.")
 
@@ -94,8 +97,8 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=192, depth=6, heads=3, steps=10600,
-                 edit_fraction=0.25, max_weight=2000.0, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=128, depth=6, heads=4, steps=12000,
+                 edit_fraction=0.2, predict="v", whiten_text=True, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
                  precision="fp32", compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }
 
@@ -236,30 +239,35 @@ def zero_linear(d_in: int, d_out: int) -> nn.Linear:
     return linear
 
 
-class DiT(nn.Module):
-    """eps_theta(z_t, t, c[, source]), made of what z_t alone says about eps and of what the network adds.
+def sine_cosine(grid: int, width: int) -> torch.Tensor:
+    """Where the learnable PE of Eq. 24 starts from: (1, grid * grid, width), half of it for the row and half for
+    the column. From noise of 0.02, which drowns in Linear(z_t), places are read several times later."""
+    half = width // 2
+    angle = timestep_embedding(torch.arange(grid) * 1000 / grid, half)      # (grid, width / 2)
+    rows, columns = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
+    return F.pad(torch.cat([rows, columns], dim=-1), (0, width - 2 * angle.shape[1])).flatten(0, 1)[None]
 
-    Eq. 22 turned round: eps = sqrt(1 - alpha_bar_t) z_t + sqrt(alpha_bar_t) v, with the v of Salimans and Ho
-    (2022). The first part is the best guess without looking, as latents have mean 0 and variance 1; only v
-    comes from the blocks, which then need not copy the noise through and learn twice as fast
-    (notes/decisions.md).
-    A fresh network has v = 0.
+
+class DiT(nn.Module):
+    """What the network predicts of z_t, t, c[, source]: eps, or v (see eps_from_v).
 
     Args of forward: z_t (B, h, w, z_dim) normalised latents with noise; t (B,) in 1 .. T; c (B, L, d_text)
     text embeddings and mask (B, L), True at tokens; source (B, h, w, z_dim) normalised clean latents of the
-    picture to edit, or None. Returns eps_hat (B, h, w, z_dim); with alpha_bar = None v alone.
+    picture to edit, or None. Returns (B, h, w, z_dim).
     """
 
     def __init__(self, grid: int, z_dim: int, d_text: int, width: int, depth: int, heads: int,
-                 alpha_bar: torch.Tensor | None, checkpointing=False):
+                 whiten_text: bool = False, checkpointing: bool = False):
         super().__init__()
-        self.grid, self.checkpointing = grid, checkpointing
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)      # of noise_schedule
+        self.grid, self.whiten_text, self.checkpointing = grid, whiten_text, checkpointing
         self.embed = nn.Linear(z_dim, width)
-        self.position = nn.Parameter(torch.randn(1, grid * grid, width) * 0.02)
+        self.position = nn.Parameter(sine_cosine(grid, width))
         self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # tells source tokens from z_t's
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.text = nn.Linear(d_text, width)
+        if whiten_text:                                                     # set before training, then fixed
+            self.register_buffer("text_shift", torch.zeros(d_text))
+            self.register_buffer("text_map", torch.eye(d_text))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.head_modulation = nn.Sequential(nn.SiLU(), zero_linear(width, 2 * width))
         self.head = zero_linear(width, z_dim)
@@ -268,16 +276,15 @@ class DiT(nn.Module):
         return self.denoise(z_t, self.modulations(t), self.keys_values(c), mask, source)
 
     def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """All that depends on t alone: one (B, 9 D) for each block, (B, 2 D) for the head, and the shares
-        (B, 2) of z_t and v in eps_hat."""
+        """All that depends on t alone: one (B, 9 D) for each block, (B, 2 D) for the head."""
         # Eq. 25: t_emb = MLP(...)
         t_emb = self.time(timestep_embedding(t, 256))                       # (B, D)
-        ab = t.new_ones(t.shape) if self.alpha_bar is None else self.alpha_bar[t]
-        shares = torch.stack([1 - ab, ab], dim=-1).sqrt().float()
-        return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb), shares]
+        return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb)]
 
     def keys_values(self, c: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """All that depends on the text alone: (K, V) for each block; sampling needs it once for all steps."""
+        if self.whiten_text:
+            c = (c - self.text_shift) @ self.text_map
         c = self.text(c)                                                    # (B, L, D)
         return [block.cross.keys_values(c) for block in self.blocks]
 
@@ -292,12 +299,9 @@ class DiT(nn.Module):
                 h = recompute(block, h, modulation, k, v, mask, use_reentrant=False)
             else:
                 h = block(h, modulation, k, v, mask)
-        *_, head, shares = modulations
-        scale, beta = head.unflatten(-1, (2, 1, -1)).unbind(1)
+        scale, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
         h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # the source tokens' part is done
-        v = self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))         # (B, h, w, z_dim)
-        share_z_t, share_v = shares.to(z_t.dtype).unflatten(1, (2, 1, 1, 1)).unbind(1)      # (B, 1, 1, 1)
-        return share_z_t * z_t + share_v * v
+        return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))      # (B, h, w, z_dim)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,14 +322,27 @@ def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> to
     return (z - mean) / variance.sqrt()
 
 
-def dit_loss(eps: torch.Tensor, eps_hat: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Eq. 32 for a batch: the mean over all elements (the guide's norm sums over them: the same minimum).
+def v_of(z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans and Ho 2022); shapes as in add_noise."""
+    ab = alpha_bar[t].view(-1, *[1] * (z_0.dim() - 1))
+    return ab.sqrt().to(z_0.dtype) * eps - (1 - ab).sqrt().to(z_0.dtype) * z_0
 
-    eps, eps_hat (B, ...); weight (B,) of each latent (1 / alpha_bar_t would make it the error of v), or the
-    guide's 1.
+
+def eps_from_v(z_t: torch.Tensor, v: torch.Tensor, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """eps = sqrt(1 - alpha_bar_t) z_t + sqrt(alpha_bar_t) v; shapes as in add_noise."""
+    ab = alpha_bar[t].view(-1, *[1] * (z_t.dim() - 1))
+    return (1 - ab).sqrt().to(z_t.dtype) * z_t + ab.sqrt().to(z_t.dtype) * v
+
+
+def dit_loss(target: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """Eq. 32: the mean over all elements, both (B, ...) (the guide's norm sums over them: the same minimum).
+
+    With --predict v target and prediction are v: then each latent's error of eps is divided by alpha_bar_t.
     """
+    # DEVIATION (--predict v): the network need not carry the noise through, and noisy t, where the prompt is
+    # decided, weigh as much as others; learns several times faster (notes/decisions.md)
     # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2
-    return (weight * (eps - eps_hat).square().flatten(1).mean(1)).mean()
+    return (target - prediction).square().mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -388,6 +405,16 @@ class Texts:
     def __getitem__(self, i: int) -> torch.Tensor:
         return torch.from_numpy(self.embeddings[self.offsets[i]:self.offsets[i + 1]].astype(np.float32))
 
+    def whitening(self, most: int = 200_000) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (d_text,) of the tokens and the map (d_text, d_text) that gives them covariance I (PCA), from
+        `most` of them; directions that hardly vary are not blown up. What tells shapes apart is a tenth of
+        what tells colours apart in T5's tokens; whitened, both are read."""
+        tokens = self.embeddings[::max(1, len(self.embeddings) // most)].astype(np.float64)
+        mean = tokens.mean(0)
+        variance, axes = np.linalg.eigh((tokens - mean).T @ (tokens - mean) / len(tokens))
+        scale = 1 / np.sqrt(variance.clip(0) + 1e-3 * variance.mean())
+        return torch.from_numpy(mean).float(), torch.from_numpy(axes * scale).float()
+
 
 @torch.no_grad()
 def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
@@ -424,6 +451,12 @@ def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
         torch.cuda.empty_cache()
     run.barrier()
     return Texts(folder, captions)
+
+
+def words_of(texts: list[str], most: int = 10_000) -> list[str]:
+    """The `most` frequent words of the captions, lower-cased: sample.py says which words a prompt has besides."""
+    counts = collections.Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    return [word for word, _ in counts.most_common(most)]
 
 
 def is_edit(step: int, fraction: float) -> bool:
@@ -474,7 +507,7 @@ def held_out_batch(run: data.Run, latents: Latents, rows: list[int], mean, varia
 @torch.no_grad()
 def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor,
                     cfg: Config) -> dict[str, float]:
-    """Eq. 32 on held-out latents for t in each quarter q1 .. q4 of 1 .. T,
+    """Eq. 32 (of v with --predict v) on held-out latents for t in each quarter q1 .. q4 of 1 .. T,
     the same t and noise at every call."""
     g = data.generator(cfg.seed, "dit", 0, "held out", z_0.device)
     losses = {}
@@ -482,8 +515,9 @@ def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor,
         low, high = 1 + cfg.T * quarter // 4, max(1 + cfg.T * (quarter + 1) // 4, 2 + cfg.T * quarter // 4)
         t = torch.randint(low, high, (len(z_0),), generator=g, device=z_0.device)
         eps = torch.randn(z_0.shape, generator=g, device=z_0.device)
-        losses[f"q{quarter + 1}"] = dit_loss(
-            eps, model(add_noise(z_0, t, eps, alpha_bar), t, c, mask, source)).item()
+        z_t = add_noise(z_0, t, eps, alpha_bar)
+        target = v_of(z_0, t, eps, alpha_bar) if cfg.predict == "v" else eps
+        losses[f"q{quarter + 1}"] = dit_loss(target, model(z_t, t, c, mask, source)).item()
     return losses
 
 
@@ -496,7 +530,10 @@ def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Conf
     for t_value in (max(1, round(cfg.T * share)) for share in (0.1, 0.3, 0.6, 0.9)):
         t = torch.full((len(z_0),), t_value, device=z_0.device)
         z_t = add_noise(z_0, t, eps, alpha_bar)
-        columns += [z_t, predict_z_0(z_t, t, model(z_t, t, c, mask, source), alpha_bar)]
+        eps_hat = model(z_t, t, c, mask, source)
+        if cfg.predict == "v":
+            eps_hat = eps_from_v(z_t, eps_hat, t, alpha_bar)
+        columns += [z_t, predict_z_0(z_t, t, eps_hat, alpha_bar)]
         titles += [f"z_t, t = {t_value}", "predicted z_0"]
     colours = data.pca_colours(*columns, size=96)
     data.save_png(data.grid([list(row) for row in zip(*colours)], heads=titles), path)
@@ -510,9 +547,12 @@ def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Conf
 def build(config: dict, shape: dict) -> DiT:
     """The network of a config as plain types;
     shape holds grid, z_dim, d_text, which came with the latents and texts."""
-    alpha_bar = noise_schedule(config["T"], config["beta_start"], config["beta_end"], config["schedule"])
     return DiT(shape["grid"], shape["z_dim"], shape["d_text"], config["width"], config["depth"],
-               config["heads"], alpha_bar, config["checkpointing"])
+               config["heads"], config["whiten_text"], config["checkpointing"])
+
+
+def schedule_of(config: dict) -> torch.Tensor:
+    return noise_schedule(config["T"], config["beta_start"], config["beta_end"], config["schedule"])
 
 
 def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
@@ -548,6 +588,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
         if not captions and not edits:
             raise data.UserError(f"{run.out}/latents has no rows to train on.")
         shape = {"grid": meta["grid"], "z_dim": meta["z_dim"], "d_text": texts.dim}
+        vocabulary = words_of([row["text"] for row in rows if not row.get("held_out")])
         run.say(f"stage 3, {cfg.preset} preset on {run.device}: "
                 f"{len(captions):,} captions, {len(edits):,} edits")
 
@@ -566,7 +607,10 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
             data.load_weights(model, checkpoint["model"], path)
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
-        alpha_bar = model.alpha_bar
+        elif cfg.whiten_text:
+            model.text_shift[:], model.text_map[:] = texts.whitening()
+            ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        alpha_bar = schedule_of(data.plain(cfg)).to(run.device)
         mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
         held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
         held_out = {prefix: held_out_batch(run, latents, rows, mean, variance)
@@ -599,16 +643,15 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             eps = run.randn(step, "eps", *mu.shape[1:])
             # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
             z_t = add_noise(z_0, t, eps, alpha_bar)                         # (B, h, w, z_dim)
-            weight = (1 / alpha_bar[t]).clamp(max=cfg.max_weight).float()   # (B,), all 1 by default
+            target = v_of(z_0, t, eps, alpha_bar) if cfg.predict == "v" else eps
 
             total = {"loss": 0}
             parts = [(part.chunk(cfg.micro_batches) if part is not None else [None] * cfg.micro_batches)
-                     for part in (z_t, t, c, mask, source, eps, weight)]
-            for z_t_part, t_part, c_part, mask_part, source_part, eps_part, weight_part in zip(*parts):
+                     for part in (z_t, t, c, mask, source, target)]
+            for z_t_part, t_part, c_part, mask_part, source_part, target_part in zip(*parts):
                 with run.autocast():
-                    eps_hat = model(z_t_part, t_part, c_part, mask_part, source_part)
-                # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2
-                loss = dit_loss(eps_part, eps_hat, weight_part) / cfg.micro_batches
+                    prediction = model(z_t_part, t_part, c_part, mask_part, source_part)
+                loss = dit_loss(target_part, prediction) / cfg.micro_batches
                 loss.backward()
                 total["loss"] += loss.detach()
             run.average([p.grad for p in model.parameters()])
@@ -634,6 +677,7 @@ def train(cfg: Config, checkpoint: dict | None, meta: dict):
             if done % cfg.save_every == 0 or last or stopping:
                 run.save(done, rate, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(),
                          shape=shape, mean=meta["mean"], variance=meta["variance"], edits=len(edits),
+                         vocabulary=vocabulary,
                          psvae_fingerprint=meta["fingerprint"], text_fingerprint=texts.fingerprint)
             if stopping and not last:
                 raise data.Stopped(run.stop)

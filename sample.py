@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import data
-from dit import DiT, load_dit, normalise
+from dit import DiT, eps_from_v, load_dit, normalise, schedule_of
 from psvae import load_psvae
 
 
@@ -135,7 +135,7 @@ def ddim_step(z_t, eps, ab_t: float, ab_prev: float, eta: float, noise):
 
 @torch.no_grad()
 def ddim(dit: DiT, z_T, c, mask, alpha_bar, times, s, s_image=1.0, eta=0.0, source=None, generators=(),
-         film=None):
+         film=None, predict="eps"):
     """The sampling loop. z_T (B, h, w, z_dim), c (2B, L, d_text) and mask (2B, L):
     texts, then null texts -> z_0.
 
@@ -147,6 +147,8 @@ def ddim(dit: DiT, z_T, c, mask, alpha_bar, times, s, s_image=1.0, eta=0.0, sour
     z_t = z_T
     for i, (t, t_prev) in enumerate(zip(times, times[1:])):
         eps = guided_noise(dit, z_t, [m[i:i + 1] for m in modulations], keys_values, mask, source, s, s_image)
+        if predict == "v":                              # guidance is linear: on v it is the same as on eps
+            eps = eps_from_v(z_t, eps, torch.tensor([t]), alpha_bar)
         noise = draw(generators, z_t) if eta else 0
         z_t, z_0 = ddim_step(z_t, eps, alpha_bar[t].item(), alpha_bar[t_prev].item(), eta, noise)
         if film is not None:
@@ -187,7 +189,7 @@ class Pipeline:
         self.latent_shape = (grid, grid, checkpoint["shape"]["z_dim"])
         self.mean, self.variance = (torch.tensor(checkpoint[name], device=device)
                                     for name in ("mean", "variance"))
-        self.alpha_bar = self.dit.alpha_bar.cpu()      # (T + 1,) float64
+        self.alpha_bar = schedule_of(self.config)      # (T + 1,) float64
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], seeds: list[int], sources: np.ndarray | None = None, steps=50,
@@ -207,7 +209,7 @@ class Pipeline:
                 source = normalise(self.psvae.encode(x)[0], self.mean, self.variance)
             times = sampling_times(self.config["T"], steps)
             z_0 = ddim(self.dit, z_T, c, mask, self.alpha_bar, times, guidance, image_guidance, eta, source,
-                       generators, frames)
+                       generators, frames, self.config["predict"])
             # 4. Decode to image
             if film is not None:
                 shown = sorted({round(i * (len(frames) - 1) / 8) for i in range(9)})

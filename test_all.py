@@ -46,7 +46,7 @@ import sample
 import svae
 from notes import bench, convert, editbench, emoji, full_path, geneval, guide_vs_paper, judge, lab
 from notes import off_manifold
-from notes import places, pretrain_tiny, schedule, ship, swaps
+from notes import pretrain_tiny, schedule, ship, swaps
 
 torch.set_num_threads(2)
 HERE = Path(data.__file__).parent
@@ -649,7 +649,7 @@ ALPHA_BAR = dit.noise_schedule(1000, 1e-4, 0.02)
 
 def micro_dit(depth=2, seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = dit.DiT(grid=2, z_dim=3, d_text=5, width=12, depth=depth, heads=2, alpha_bar=ALPHA_BAR, **kwargs)
+    model = dit.DiT(grid=2, z_dim=3, d_text=5, width=12, depth=depth, heads=2, **kwargs)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
@@ -689,7 +689,7 @@ def test_eq_24_source_tokens_have_the_same_positions_and_their_own_type():
     out = model(z, t, c, mask, source)
     assert out.shape == z.shape and not torch.allclose(out, model(z, t, c, mask), atol=1e-3)
     z = torch.randn(2, 3, 3, 3)
-    assert dit.DiT(3, 3, 5, width=12, depth=1, heads=2, alpha_bar=None)(z, t, c, mask, z).shape == z.shape
+    assert dit.DiT(3, 3, 5, width=12, depth=1, heads=2)(z, t, c, mask, z).shape == z.shape
 
 
 def test_eq_25_timestep_embedding():
@@ -706,14 +706,11 @@ def test_eq_25_its_mlp_is_linear_silu_linear():
     model, t = micro_dit(), torch.tensor([3, 400])
     w, e = weights(model), dit.timestep_embedding(t, 256).numpy()
     t_emb = linear(silu(linear(e, w, "time.0")), w, "time.2")
-    *blocks, head, shares = model.modulations(t)
+    *blocks, head = model.modulations(t)
     same(head, linear(silu(t_emb), w, "head_modulation.1"), 1e-4)
     for i, block in enumerate(blocks):
         same(block, linear(silu(t_emb), w, f"blocks.{i}.modulation.1"), 1e-4)
     assert len(blocks) == 2
-    same(shares, [[(1 - ALPHA_BAR[i]) ** 0.5, ALPHA_BAR[i] ** 0.5] for i in (3, 400)], 1e-6)
-    model.alpha_bar = None                                                  # then v is all there is
-    same(model.modulations(t)[-1], [[0, 1], [0, 1]])
 
 
 def test_eq_26_text_is_encoded_by_a_frozen_encoder_and_padding_is_never_read(encoders):
@@ -801,32 +798,21 @@ def test_eq_31_each_of_the_three_residuals_has_its_own_gate():
     same(block(h, torch.zeros_like(modulation), k, v, mask), h)             # gates of 0: nothing is added
 
 
-def test_eq_31_a_fresh_block_is_the_identity_and_a_fresh_dit_guesses_from_z_t_alone():
+def test_eq_31_a_fresh_block_is_the_identity_and_a_fresh_dit_predicts_zero():
     torch.manual_seed(0)
     block = dit.DiTBlock(12, 3)
     h, c, t_emb = torch.randn(2, 4, 12), torch.randn(2, 5, 12), torch.randn(2, 12)
     k, v = block.cross.keys_values(c)
     assert torch.equal(block(h, block.modulation(t_emb), k, v, torch.ones(2, 1, 1, 5, dtype=torch.bool)), h)
-    z, t, c, mask = micro_batch()
-    assert not dit.DiT(2, 3, 5, 12, 2, 2, None)(z, t, c, mask).any()
-    fresh, share = dit.DiT(2, 3, 5, 12, 2, 2, ALPHA_BAR), (1 - ALPHA_BAR[t]).sqrt()
-    same(fresh(z, t, c, mask), share.view(2, 1, 1, 1) * z, 1e-6)
-    z_0, eps = randn(100_000, 1), randn(100_000, 1, seed=1)              # the best multiple of z_t there is
-    z_t = dit.add_noise(z_0, t[:1].expand(100_000), eps, ALPHA_BAR)
-    same((z_t * eps).mean() / (z_t * z_t).mean(), share[0], 1e-2)
+    assert not dit.DiT(2, 3, 5, 12, 2, 2)(*micro_batch()).any()
 
 
-def test_eq_24_to_31_the_head_is_adaln_and_linear_and_gives_the_v_that_makes_eps_of_z_t():
+def test_eq_24_to_31_the_head_is_adaln_and_linear():
     model, (z, t, c, mask) = micro_dit(depth=0), micro_batch()
     w = weights(model)
     h = linear(z.numpy().reshape(2, 4, 3), w, "embed") + w["position"]
     gamma, beta = np.split(model.modulations(t)[0].detach().numpy()[:, None], 2, -1)
-    v = linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3)
-    ab = ALPHA_BAR[t].numpy()[:, None, None, None]
-    same(model(z, t, c, mask), np.sqrt(1 - ab) * z.numpy() + np.sqrt(ab) * v, 1e-4)
-    z_0, eps = randn(2, 2, 2, 3, seed=5).numpy(), randn(2, 2, 2, 3, seed=6).numpy()
-    z_t, v = np.sqrt(ab) * z_0 + np.sqrt(1 - ab) * eps, np.sqrt(ab) * eps - np.sqrt(1 - ab) * z_0
-    same(torch.from_numpy(np.sqrt(1 - ab) * z_t + np.sqrt(ab) * v), eps)    # so no eps is out of reach
+    same(model(z, t, c, mask), linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3), 1e-4)
 
 
 def test_eq_24_to_31_recomputing_activations_changes_no_gradient():
@@ -849,28 +835,15 @@ def test_eq_32_loss_is_the_mean_squared_error_of_the_noise():
     same(gradient(lambda e: dit.dit_loss(eps, e), eps_hat)[0], 2 * (eps_hat - eps).numpy() / 24)
 
 
-def test_eq_32_weighted_by_1_over_alpha_bar_is_the_error_of_v():
-    z_0, eps, eps_hat, t = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1), randn(2, 2, 2, 3, seed=2), [30, 700]
+def test_eq_32_with_v_is_the_error_of_eps_weighted_by_1_over_alpha_bar():
+    z_0, eps, v_hat, t = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1), randn(2, 2, 2, 3, seed=2), torch.tensor([30, 700])
     ab = ALPHA_BAR[t].view(2, 1, 1, 1)
-    z_t = dit.add_noise(z_0, torch.tensor(t), eps, ALPHA_BAR)
-    v, v_hat = ab.sqrt() * eps - (1 - ab).sqrt() * z_0, (eps_hat - (1 - ab).sqrt() * z_t) / ab.sqrt()
-    same(dit.dit_loss(eps, eps_hat, 1 / ab.flatten()), ((v - v_hat) ** 2).mean())
-    halves = [dit.dit_loss(eps[i:i + 1], eps_hat[i:i + 1]) for i in range(2)]
-    same(dit.dit_loss(eps, eps_hat, torch.tensor([3.0, 5.0])), (3 * halves[0] + 5 * halves[1]) / 2)
-
-
-@pytest.mark.parametrize("most", [1, 5])
-def test_eq_32_a_run_weighs_t_by_1_over_alpha_bar_up_to_max_weight(copy, encoders, monkeypatch, most):
-    times, weights, add_noise, dit_loss = [], [], dit.add_noise, dit.dit_loss
-    monkeypatch.setattr(dit, "add_noise", lambda z, t, *rest: times.append(t) or add_noise(z, t, *rest))
-    monkeypatch.setattr(dit, "dit_loss",
-                        lambda *args: weights.append(args[2] if len(args) > 2 else None) or dit_loss(*args))
-    argv = [*stage_flags("dit", encoders), "--steps", "1", "--max-weight", str(most)]
-    assert dit.main([*argv, "--out", str(copy(*NEEDS["dit"]))]) == 0
-    expected = 1 / ALPHA_BAR[times[0]]
-    assert (expected < 5).sum() > 5 and (expected > 5).sum() > 5
-    same(weights[0], expected.clamp(max=most), 1e-6)
-    assert len(weights) > 1 and set(weights[1:]) == {None}                  # held-out losses: plain Eq. 32
+    z_t = dit.add_noise(z_0, t, eps, ALPHA_BAR)
+    v = dit.v_of(z_0, t, eps, ALPHA_BAR)
+    same(v, ab.sqrt() * eps - (1 - ab).sqrt() * z_0)
+    same(dit.eps_from_v(z_t, v, t, ALPHA_BAR), eps)                         # so no eps is out of reach
+    error = (dit.eps_from_v(z_t, v_hat, t, ALPHA_BAR) - eps).square() / ab
+    same(dit.dit_loss(v, v_hat), error.mean())
 
 
 def test_eq_32_t_is_uniform_over_1_to_T_with_both_ends():

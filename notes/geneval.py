@@ -42,8 +42,8 @@ BOOTSTRAP = 1000       # times that the prompts are drawn again
 class Plain:
     """Stands in for a random generator where the first of several wordings is wanted."""
 
-    def integers(self, n):
-        return 0
+    def random(self):
+        return 0.0
 
 
 def phrase(count=1, **said):

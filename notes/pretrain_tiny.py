@@ -8,6 +8,9 @@ target) that it turns one into the other; a place in a picture and the words for
 and background answer most captions, and the loss is content. It is never asked to keep pixels: the guide's
 Problem 2 is to be had here as well.
 
+Meeting pictures leaves a text encoder a bag of words: whose colour is whose does not matter to it. So it
+reads at the same time: linear maps of each noun's embedding name what the text says of that noun.
+
     python notes/pretrain_tiny.py [--steps 1000]
         writes notes/tiny/{image,text}_encoder
 
@@ -31,6 +34,7 @@ import data
 from notes import world
 
 D_TEXT, D_SHARED, MAX_TOKENS = 128, 128, 64
+READING = 0.3   # weight of reading beside the contrastive losses
 
 
 def contrastive_loss(f: torch.Tensor, f_plus: torch.Tensor, tau: torch.Tensor,
@@ -47,11 +51,12 @@ def contrastive_loss(f: torch.Tensor, f_plus: torch.Tensor, tau: torch.Tensor,
 
 
 def build_tokenizer(texts: list[str], size: int):
-    """A byte-level BPE:
-    every text of any language is some sequence of its tokens and decodes back; no <unk>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A byte-level BPE of lower-cased text:
+    every text of any language is some sequence of its tokens; no <unk>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
@@ -94,19 +99,19 @@ class Pair(nn.Module):
         become its notepad: six times as much of their variance then comes from elsewhere (LOG.md)."""
         return self.image(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], -1))
 
-    def words(self, encoder, texts, head):
-        """The mean over a text's tokens: texts (B) -> (B, D_SHARED)."""
+    def embed(self, encoder, texts):
+        """Texts (B) -> h (B, L, D_TEXT), the mean over each text's tokens (B, D_TEXT), and the tokens."""
         tokens = encoder.tokenize(texts).to(self.log_tau.device)
         h = self.text_network(input_ids=tokens["input_ids"],
                               attention_mask=tokens["attention_mask"]).last_hidden_state
         mask = tokens["attention_mask"][..., None].float()
-        return head((h * mask).sum(1) / mask.sum(1))
+        return h, (h * mask).sum(1) / mask.sum(1), tokens
 
 
 def objects_of(folder: data.Folder) -> list[list[world.Object]]:
     """The objects of each picture of the built-in world, as its metadata tells them."""
     with open(Path(folder.root) / "metadata.jsonl", encoding="utf-8") as lines:
-        scenes = {row["file_name"]: row["scene"] for row in map(json.loads, lines)}
+        scenes = {row["file_name"]: row["scene"] for row in map(json.loads, lines) if "scene" in row}
     return [[world.Object(**o) for o in scenes[name]["objects"]] for name in folder.images]
 
 
@@ -144,13 +149,13 @@ def same_text(texts):
 
 @torch.no_grad()
 def retrieval(pair: Pair, encoder: data.TextEncoder, pictures: data.Pictures, captions) -> float:
-    """How often a held-out picture finds its own caption among 500."""
-    rows = captions[:500]
+    """How often a held-out picture finds its own caption, a complete one, among 500."""
+    rows = list({image: (image, text, -1) for image, text, _ in captions[::-1]}.values())[:500]
     x = torch.stack([pictures[(image, None)][0] for image, _, _ in rows])
     texts = [text for _, text, _ in rows]
     device = pair.log_tau.device
     a = F.normalize(pair.picture(pair.image_encoder.tokens(data.to_float(x, device))), dim=-1)
-    b = F.normalize(pair.words(encoder, texts, pair.text), dim=-1)
+    b = F.normalize(pair.text(pair.embed(encoder, texts)[1]), dim=-1)
     best = (a @ b.T).argmax(1)
     return float(np.mean([texts[i] == texts[j] for i, j in enumerate(best.tolist())]))
 
@@ -169,8 +174,8 @@ def untrained_encoders(top: Path):
     tokenizer.save_pretrained(top / "text")
 
 
-def learn_to_meet(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextEncoder]:
-    """Both encoders from nothing, by Eq. 2 on the three pairs."""
+def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextEncoder]:
+    """Both encoders from nothing, by Eq. 2 on the three pairs, and by reading."""
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
     captions, edits = ([row for row in folder.rows if (row[2] >= 0) == edit] for edit in (False, True))
     objects = objects_of(folder)
@@ -185,7 +190,9 @@ def learn_to_meet(folder, held_out, args, device) -> tuple[data.ImageEncoder, da
     encoder = data.TextEncoder(text_network, tokenizer, MAX_TOKENS)
     pair = Pair(data.ImageEncoder(image_network), text_network).to(device)
     text_network.requires_grad_(True)
-    weights = [p for p in pair.parameters() if p is not pair.log_tau and p.requires_grad]
+    reader = Reader([row[1] for row in folder.rows[:30_000]]).to(device)
+    weights = [p for p in (*pair.parameters(), *reader.parameters())
+               if p is not pair.log_tau and p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": weights, "scale": 1}, {"params": [pair.log_tau], "scale": 10}],
                                   betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     pictures, held_pictures = data.Pictures(folder, 64), data.Pictures(held_out, 64)
@@ -206,10 +213,14 @@ def learn_to_meet(folder, held_out, args, device) -> tuple[data.ImageEncoder, da
         nouns = [world.with_article(world.noun(o, world.LOOK, rng)) for found in here for o in found]
         looks = [f"{o.shape} {o.colour} {o.size} {o.style}" for found in here for o in found]
         texts, orders = [row[1] for row in rows], [row[1] for row in changes]
-        tau, loss = pair.log_tau.exp().clamp(0.01, 1), 0
-        for a, b, same in ((e, pair.words(encoder, texts, pair.text), same_text(texts)),
-                           (change, pair.words(encoder, orders, pair.instruction), same_text(orders)),
-                           (place, pair.words(encoder, nouns, pair.noun), same_text(looks))):
+        h, mean, words = pair.embed(encoder, texts + orders)
+        said = pair.text(mean[:len(texts)]), pair.instruction(mean[len(texts):])
+        name = pair.noun(pair.embed(encoder, nouns)[1])
+        tau = pair.log_tau.exp().clamp(0.01, 1)
+        loss = READING * sum(F.cross_entropy(logits, answer, ignore_index=-1)
+                             for logits, answer in reader(h, words, texts + orders).values())
+        for a, b, same in ((e, said[0], same_text(texts)), (change, said[1], same_text(orders)),
+                           (place, name, same_text(looks))):
             same = same.to(device)
             loss = loss + 0.5 * (contrastive_loss(a, b, tau, same) + contrastive_loss(b, a, tau, same))
         optimizer.zero_grad(set_to_none=True)
@@ -225,23 +236,33 @@ def learn_to_meet(folder, held_out, args, device) -> tuple[data.ImageEncoder, da
                   + ", ".join(f"{name} {share:.1%}" for name, share in
                               read_out(pair.image_encoder, (pictures, objects),
                                        (held_pictures, objects_of(held_out))).items()), flush=True)
+            unseen = [row[1] for row in held_out.rows[::max(1, len(held_out.rows) // 1000)]]
+            print("  reading, unseen texts: " + ", ".join(
+                f"{name} {share:.1%}" for name, share in reading(encoder, reader, unseen).items()), flush=True)
     return pair.image_encoder, encoder
 
 
-ADJECTIVES = ({word: ("colour", word) for word in (*world.COLOURS, *world.BACKGROUNDS)}
-              | {word: (name, value) for name, values in (("size", world.SIZES), ("style", world.STYLES))
-                 for value in values for word in world.WORDS[value]})
-NOUNS = {shape + ending: shape for shape in (*world.SHAPES, "background") for ending in ("", "s", "es")}
+def spoken(names, *endings):
+    """{word: name} for every word that the world has for these names, with the endings of a plural."""
+    return {word + ending: name for name in names for word in world.WORDS.get(name, (name,))
+            for ending in endings or ("",)}
+
+
+ADJECTIVES = {word: (kind, name) for kind, names in
+              (("colour", (*world.COLOURS, *world.BACKGROUNDS)), ("size", world.SIZES), ("style", world.STYLES))
+              for word, name in spoken(names).items()}
+NOUNS = spoken((*world.SHAPES, "background"), "", "s", "es")
 COUNTS = ("a", "an", "the", *world.NUMBERS.values())
+PLACE = re.compile(r" ?\b(?:at|in) (?:the )?(%s)\b" % "|".join(sorted(world.PLACES.values(), key=len)[::-1]))
 
 
 def nouns_of(text: str) -> list[tuple[int, dict[str, str]]]:
     """Where each noun of a text of the built-in world ends, and what the text says of it.
 
     "a red circle above two stars" -> [(12, {noun: circle, count: a, size: "", style: "", colour: red,
-    before: "", after: above, previous: "", previous colour: "", next: star, next colour: ""}), (28, ...)]
+    before: "", after: above, place: "", previous: "", previous colour: "", next: star, next colour: ""}), …]
     """
-    words = [(match.group(), match.end()) for match in re.finditer(r"[a-z]+|,", text)]
+    words = [(match.group(), match.end()) for match in re.finditer(r"[a-z]+", text)]
     found, free = [], 0                                 # free: first word that no noun before has taken
     for k, (word, end) in enumerate(words):
         if word not in NOUNS:
@@ -259,7 +280,9 @@ def nouns_of(text: str) -> list[tuple[int, dict[str, str]]]:
         found.append((end, said))
     rest = [said["before"] for _, said in found[1:]] + [" ".join(w for w, _ in words[free:])]
     for k, (_, said) in enumerate(found):
-        said["after"] = rest[k]
+        place = PLACE.match(rest[k])
+        said["after"], said["place"] = PLACE.sub("", rest[k]).strip(), place.group(1) if place else ""
+        said["before"] = PLACE.sub("", said["before"]).strip()
         for name, other in (("previous", k - 1), ("next", k + 1)):
             there = 0 <= other < len(found)
             said[name] = found[other][1]["noun"] if there else ""
@@ -287,39 +310,13 @@ class Reader(nn.Module):
                 for part, (name, values) in zip(logits, self.values.items())}
 
 
-def learn_to_read(encoder: data.TextEncoder, texts: list[str], unseen: list[str], steps: int, device):
-    """Trains encoder.network on `texts`; prints what share of what is said in `unseen` it tells."""
-    network = encoder.network.to(device).float().requires_grad_(True)
-    torch.manual_seed(1)
-    reader = Reader(texts, encoder.dim).to(device)
-
-    def answers(some):
-        tokens = encoder.tokenize(some)
-        h = network(**tokens.to(device)).last_hidden_state
-        return reader(h, tokens, some)
-
-    optimizer = torch.optim.AdamW([*network.parameters(), *reader.parameters()], betas=(0.9, 0.98),
-                                  weight_decay=0.01, fused=True)
-    begin = time.monotonic()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = data.learning_rate(step, steps, 100, 2e-3)
-        some = [texts[i] for i in data.order(0, "pretrain read", len(texts), 256, step)]
-        loss = sum(F.cross_entropy(logits, answer) for logits, answer in answers(some).values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([*network.parameters(), *reader.parameters()], 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"reading: step {step + 1} loss {loss.item():.3f} {time.monotonic() - begin:.0f} s",
-                  flush=True)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            with torch.no_grad():
-                right = {name: (logits.argmax(-1) == answer).float().mean().item()
-                         for name, (logits, answer) in answers(unseen).items()}
-            print("  held out, told right: " + ", ".join(f"{name} {share:.1%}"
-                                                         for name, share in right.items()), flush=True)
-    network.requires_grad_(False)
+@torch.no_grad()
+def reading(encoder, reader: Reader, texts: list[str]) -> dict[str, float]:
+    """What share of what is said in unseen texts is told right."""
+    tokens = encoder.tokenize(texts)
+    h = encoder.network(**tokens.to(reader.head.weight.device)).last_hidden_state
+    return {name: (logits.argmax(-1) == answer).float().mean().item()
+            for name, (logits, answer) in reader(h, tokens, texts).items()}
 
 
 def main():
@@ -327,9 +324,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
-    parser.add_argument("--steps", type=int, default=1000, help="of both; 0: go on with those in --to")
-    parser.add_argument("--text-steps", type=int, default=800,
-                        help="in which the text encoder learns to read")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128,
                         help="captions a step; a third as many edits besides")
     parser.add_argument("--count", type=int, default=50_000,
@@ -340,15 +335,10 @@ def main():
 
     device, to = data.pick_device("auto"), Path(args.to)
     folder, held_out = data.read_folder("", out=args.out, count=args.count)
-    if args.steps:
-        image_encoder, text_encoder = learn_to_meet(folder, held_out, args, device)
-        image_encoder.network.half().save_pretrained(to / "image_encoder")
-        text_encoder.network.half().save_pretrained(to / "text_encoder")
-        text_encoder.tokenizer.save_pretrained(to / "text_encoder")
-    text_encoder = data.load_text_encoder(str(to / "text_encoder"), MAX_TOKENS)
-    learn_to_read(text_encoder, [row[1] for row in folder.rows], [row[1] for row in held_out.rows],
-                  args.text_steps, device)
+    image_encoder, text_encoder = train(folder, held_out, args, device)
+    image_encoder.network.half().save_pretrained(to / "image_encoder")
     text_encoder.network.half().save_pretrained(to / "text_encoder")
+    text_encoder.tokenizer.save_pretrained(to / "text_encoder")
     print(f"saved to {to}")
 
 

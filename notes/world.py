@@ -8,7 +8,8 @@ needs no download, and is the same on every machine: everything is a function of
 
 What is written is an ordinary folder of images with a metadata.jsonl, as data.py reads any other:
 
-    train/metadata.jsonl   {"file_name", "text", "scene"}               a caption: one for every picture
+    train/metadata.jsonl   {"file_name", "text"[, "scene"]}             captions: four for every picture, the
+                                                                         first with what there is to see
                            {"file_name", "text", "source", "kind", …}   an edit:
                                                                          source + instruction -> picture
     val/                   unseen pictures of the same world
@@ -26,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 3   # goes up whenever the same index would draw or say something else
+VERSION = 4   # goes up whenever the same index would draw or say something else
 SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
@@ -49,20 +51,21 @@ COLOURS = {"red": (214, 40, 40), "orange": (255, 136, 20), "yellow": (255, 217, 
 BACKGROUNDS = {"gray": (142, 146, 148), "beige": (228, 218, 160), "pink": (224, 158, 172),
                "teal": (86, 182, 180), "brown": (110, 78, 48), "lavender": (164, 144, 222)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 8.0, "large": 10.5}   # radius of the circle; the other shapes have the same area
+SIZES = {"small": 7.0, "large": 9.6}   # radius of the circle; the other shapes have the same area
 STYLES = ("filled", "outline")
 LOOK = ("shape", "colour", "size", "style")   # all that is to say of an object but its place
-STROKE = 2.75            # width of an outline: leaves even the small star and cross a visible hole
-GAP, MARGIN = 2.5, 1.2   # least distance between two objects, and to the picture's border
-# Centres are multiples of this, half a latent cell. On it the tiny image encoder tells the six shapes apart
-# in 98 of 100 cases after 400 steps; with objects anywhere in 28 of 100 (decisions.md).
-LATTICE = 8
+STROKE = 2.5             # width of an outline: leaves even the small star and cross a visible hole
+MARGIN = 1.0             # least distance to the picture's border
+# Centres are multiples of this, the side of a latent cell. So an object covers the two by two cells round a
+# corner, and a cell holds a quarter of one object or nothing: few things, each seen often (decisions.md).
+LATTICE = 16
 
 # One pair for every shape: each is still seen in seven colours, and each colour on five shapes or all six.
 HELD_OUT = frozenset({("purple", "circle"), ("orange", "square"), ("blue", "triangle"),
                       ("green", "diamond"), ("yellow", "cross"), ("red", "star")})
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 SPLITS = ("train", "val", "heldout")
+CAPTIONS = (True, True, False, False)   # of each picture: two complete ones, two that leave things out
 KINDS = ("add", "remove", "replace", "recolour", "resize/move", "background", "restyle")
 
 
@@ -141,25 +144,26 @@ def room(shape, size):
 
 
 def fits(o, others):
-    """Whether o lies inside the picture and clear of all others (by the circles around them)."""
-    left, top, right, bottom, reach = room(o.shape, o.size)
+    """Whether o lies inside the picture and shares no cell with any other."""
+    left, top, right, bottom, _ = room(o.shape, o.size)
     return left <= o.x <= right and top <= o.y <= bottom and all(
-        math.hypot(o.x - b.x, o.y - b.y) >= reach + room(b.shape, b.size)[-1] + GAP for b in others)
+        max(abs(o.x - b.x), abs(o.y - b.y)) >= 2 * LATTICE for b in others)
 
 
-def place(objects, rng, fixed=()):
+def place(objects, rng, fixed=(), tries=20):
     """Puts `objects` at free points of the lattice beside those already `fixed`; None if there is no room."""
-    done = list(fixed)
-    for o in objects:
-        left, top, right, bottom, _ = room(o.shape, o.size)
-        spots = [(x, y) for x in np.arange(left, right + 1, LATTICE).tolist()
-                 for y in np.arange(top, bottom + 1, LATTICE).tolist()]
-        moved = (replace(o, x=spots[k][0], y=spots[k][1]) for k in rng.permutation(len(spots)))
-        found = next((candidate for candidate in moved if fits(candidate, done)), None)
-        if found is None:
-            return None
-        done.append(found)
-    return tuple(done)
+    for _ in range(tries):   # four objects fit in one way only, the four corners
+        done = list(fixed)
+        for o in objects:
+            left, top, right, bottom, _ = room(o.shape, o.size)
+            spots = [replace(o, x=x, y=y) for x in np.arange(left, right + 1, LATTICE).tolist()
+                     for y in np.arange(top, bottom + 1, LATTICE).tolist()]
+            spots = [spot for spot in spots if fits(spot, done)]
+            if spots:
+                done.append(choose(rng, spots))
+        if len(done) == len(fixed) + len(objects):
+            return tuple(done)
+    return None
 
 
 def relation(a, b, margin=1.4):
@@ -238,10 +242,10 @@ def scene(index, split="train", seed=SEED):
     rng = generator("scene", seed, split, index)
     count, alike = choose(rng,
                           [(1, False), (2, False), (2, True), (3, True), (4, True), (3, False), (4, False)],
-                          p=[0.28, 0.38, 0.08, 0.08, 0.08, 0.06, 0.04])
+                          p=[0.26, 0.34, 0.08, 0.10, 0.10, 0.08, 0.04])
     background = choose(rng, BACKGROUNDS)
     # "three stars" have the shape in common, and only maybe the rest.
-    same = {name: alike and rng.random() < 0.75 for name in ("colour", "size", "style")}
+    same = {name: alike and rng.random() < 0.85 for name in ("colour", "size", "style")}
     while True:
         objects = []
         for _ in range(count):
@@ -260,20 +264,40 @@ def scene(index, split="train", seed=SEED):
 
 # --- Words --------------------------------------------------------------------------------------------------
 
-WORDS = {"small": ("small", "little"), "large": ("large", "big"), "filled": ("filled", "solid"),
-         "outline": ("outlined", "hollow"),
-         "left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
-         "above": ("above", "over"), "below": ("below", "under")}
+WORDS = {   # the plainest first: it is said three times as often as any other
+    "small": ("small", "little"), "large": ("large", "big"), "filled": ("filled", "solid"),
+    "outline": ("outlined", "hollow"),
+    "red": ("red", "crimson"), "orange": ("orange", "tangerine"), "yellow": ("yellow", "golden"),
+    "green": ("green", "emerald"), "blue": ("blue", "navy"), "purple": ("purple", "violet"),
+    "gray": ("gray", "grey"),
+    "circle": ("circle", "disc"), "square": ("square", "box"), "diamond": ("diamond", "rhombus"),
+    "cross": ("cross", "plus"),
+    "left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
+    "above": ("above", "over"), "below": ("below", "under")}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 FRAMES = ("a picture of {}", "an image of {}", "a drawing of {}")
+PLACES = {(x, y): " ".join((vertical + horizontal).split()) or "center"
+          for y, vertical in ((1, "top "), (2, ""), (3, "bottom "))
+          for x, horizontal in ((1, "left"), (2, ""), (3, "right"))}
+
+
+def say(name, rng):
+    words = WORDS.get(name, (name,))
+    return choose(rng, words, p=(3,) + (1,) * (len(words) - 1))
 
 
 def noun(o, told, rng, plural=False):
     """'large red star': the attributes in `told`, in the order in which English has them."""
-    adjectives = [choose(rng, WORDS.get(getattr(o, name), (getattr(o, name),)))
-                  for name in ("size", "style", "colour") if name in told]
-    ending = ("es" if o.shape == "cross" else "s") if plural else ""
-    return " ".join([*adjectives, o.shape + ending])
+    adjectives = [say(getattr(o, name), rng) for name in ("size", "style", "colour") if name in told]
+    word = say(o.shape, rng)
+    ending = ("es" if word.endswith(("s", "x")) else "s") if plural else ""
+    return " ".join([*adjectives, word + ending])
+
+
+def where_is(o):
+    """'at the top left'"""
+    name = PLACES[round(o.x / LATTICE), round(o.y / LATTICE)]
+    return f"{'in' if name == 'center' else 'at'} the {name}"
 
 
 def with_article(phrase):
@@ -290,32 +314,48 @@ def looks_like(a, b, told):
     return a.shape == b.shape and all(getattr(a, name) == getattr(b, name) for name in told)
 
 
-def caption(scene, rng):
-    """What is in the picture: every object is mentioned, attributes may be left unsaid,
-    nothing said is false."""
+def caption(scene, rng, complete=False):
+    """What is in the picture: every object is mentioned, nothing said is false.
+
+    A complete one leaves nothing of an object's look unsaid, nor the background, and mostly not where things
+    stand. Others leave out at random. Vague captions alone teach slowly: at high noise a picture is mostly
+    chance to them, and the little that their words explain drowns (LOG.md).
+    """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    told = pick_told(rng, colour=0.75, size=0.3, style=0.3)
+    told = LOOK[1:] if complete else pick_told(rng, colour=0.75, size=0.25, style=0.25)
     groups = []   # objects that the same words describe are counted, in words
     for o in objects:
         group = next((g for g in groups if looks_like(g[0], o, told)), None)
         group.append(o) if group else groups.append([o])
     shapes_differ = len({g[0].shape for g in groups}) == len(groups)
+    places = rng.random() < (0.6 if complete else 0.1)
     phrases = []
     for group in groups:
         # "a red circle and a star": only where the shape alone tells them apart.
-        drop = shapes_differ and len(groups) > 1 and rng.random() < 0.15
+        drop = not complete and shapes_differ and len(groups) > 1 and rng.random() < 0.15
         name = noun(group[0], () if drop else told, rng, plural=len(group) > 1)
-        phrases.append(f"{NUMBERS[len(group)]} {name}" if len(group) > 1 else with_article(name))
+        name = f"{NUMBERS[len(group)]} {name}" if len(group) > 1 else with_article(name)
+        phrases.append(name + (f" {where_is(group[0])}" if places and len(group) == 1 else ""))
     text = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-    if len(objects) == len(groups) == 2:
+    if len(objects) == len(groups) == 2 and not places:
         where = relation(*objects)
-        if where and rng.random() < 0.8:
-            text = f"{phrases[0]} {choose(rng, WORDS[where])} {phrases[1]}"
-    if rng.random() < 0.2:
+        if where and (complete or rng.random() < 0.8):
+            text = f"{phrases[0]} {say(where, rng)} {phrases[1]}"
+    if rng.random() < 0.15:
         text = choose(rng, FRAMES).format(text)
-    if rng.random() < 0.3:
-        text += f" on {with_article(scene.background)} background"
-    return text
+    if complete or rng.random() < 0.25:
+        text += f" on {with_article(say(scene.background, rng))} background"
+    return as_typed(text, rng)
+
+
+def as_typed(text, rng, begin=("there is", "there are")):
+    """People leave out articles, or write a sentence. (Capitals make no difference: the tokenizer has none.)"""
+    way = rng.random()
+    if way < 0.15:
+        return re.sub(r"\b(an?|the) ", "", text)
+    if way < 0.25 and begin:
+        return f"{begin[text.startswith(tuple(NUMBERS.values()))]} {text}."
+    return text + "." if way < 0.35 else text
 
 
 # --- Edits --------------------------------------------------------------------------------------------------
@@ -354,11 +394,11 @@ def _change(kind, before, split, rng):
         if already and kind != "replace":
             return None
         after = tuple(replace(o, **attributes) if i in chosen else o for i, o in enumerate(objects))
-        return choose(rng, ASK[ask]).format(the, *names), replace(before, objects=after)
+        return choose(rng, ASK[ask]).format(the, *(say(n, rng) for n in names)), replace(before, objects=after)
 
     if kind == "background":
         colour = choose(rng, [b for b in BACKGROUNDS if b != before.background])
-        return choose(rng, ASK[kind]).format(colour), replace(before, background=colour)
+        return choose(rng, ASK[kind]).format(say(colour, rng)), replace(before, background=colour)
 
     if kind == "add":
         colour, shape = pick_look(rng, split)
@@ -369,7 +409,7 @@ def _change(kind, before, split, rng):
         where = relation(after[-1], anchor) if len(chosen) == 1 and rng.random() < 0.75 else None
         ask = choose(rng, ASK[kind])
         text = ask.format(with_article(noun(new, ("colour", *pick_told(rng, 0, 0.35, 0.35)), rng)))
-        return text + (f" {choose(rng, WORDS[where])} {the}" if where else ""), replace(before, objects=after)
+        return text + (f" {say(where, rng)} {the}" if where else ""), replace(before, objects=after)
 
     if kind == "remove":
         after = tuple(o for i, o in enumerate(objects) if i not in chosen)
@@ -418,7 +458,7 @@ def triple(index, split="train", seed=SEED):
             number, before = choose(rng, sources)
             text, after = _change(kind, before, split, rng) or ("", None)
             if after and legal(after.objects) and holds_out(after.objects) == (split == "heldout"):
-                return number, before, text, after, kind
+                return number, before, as_typed(text, rng, begin=()), after, kind
     raise AssertionError(f"no edit {index} of {split}, though every scene allows another background")
 
 
@@ -445,9 +485,11 @@ def rows(split, start, stop, seed=SEED, edits=True):
             extra = [{"text": text, "source": f"{5 * (source // 3) + source % 3:06d}.png", "kind": kind}]
         else:
             content = scene(3 * block + place_in_block if edits else number, split, seed)
-        text = caption(content, generator("caption", seed, split, number))
-        facts = dataclasses.asdict(content)
-        yield content, [{"file_name": name, **row, "scene": facts} for row in [{"text": text}, *extra]]
+        rng = generator("caption", seed, split, number)
+        texts = dict.fromkeys(caption(content, rng, complete) for complete in CAPTIONS)
+        captions = [{"text": text} for text in texts]
+        captions[0]["scene"] = dataclasses.asdict(content)
+        yield content, [{"file_name": name, **row} for row in [*captions, *extra]]
 
 
 def _write_part(folder, part, parts, count, size, seed, edits):

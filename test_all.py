@@ -901,6 +901,95 @@ def test_text_is_dropped_at_its_rate_and_the_source_never_alone():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What makes the tiny setting learn
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_places_start_apart_and_as_loud_as_embed_of_z_t():
+    for grid, width in ((4, 128), (16, 768), (2, 30)):
+        start = dit.sine_cosine(grid, width)
+        assert start.shape == (1, grid * grid, width) and 0.6 < start.square().mean().sqrt() < 0.8
+        cosine = torch.nn.functional.cosine_similarity(start[0][:, None], start[0][None], dim=-1)
+        assert (cosine - torch.eye(grid * grid)).max() < 0.995              # no two places alike
+        rows = start[0].unflatten(0, (grid, grid))[..., :4]                 # the first half tells the row
+        assert torch.equal(rows[:, 0], rows[:, 1]) and not torch.equal(rows[0, 0], rows[1, 0])
+    assert torch.equal(dit.DiT(4, 3, 5, 128, 1, 2).position.data, dit.sine_cosine(4, 128))
+
+
+def test_whitened_text_has_mean_0_and_covariance_1_and_quiet_directions_stay_quiet(tmp_path):
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(6, 6)) * [9, 3, 1, 0.3, 1e-4, 1]
+    mix[:, 4] = 1e-6 * rng.normal(size=6)
+    tokens = (rng.normal(size=(20_000, 6)) @ mix.T + 5).astype(np.float16)
+    texts = SimpleNamespace(embeddings=tokens)
+    shift, matrix = dit.Texts.whitening(texts)
+    white = (torch.from_numpy(tokens.astype(np.float32)) - shift) @ matrix
+    covariance = white.double().T.cov()
+    assert white.mean(0).abs().max() < 1e-2 and (covariance - covariance.diag().diag()).abs().max() < 1e-2
+    assert covariance.diag().max() < 1.01 and (covariance.diag() > 0.9).sum() >= 3
+    model = dit.DiT(2, 3, 6, 12, 1, 2, whiten_text=True)
+    model.text_shift[:], model.text_map[:] = shift, matrix
+    c = torch.randn(2, 4, 6)
+    plain = model.blocks[0].cross.keys_values(model.text((c - shift) @ matrix))
+    same(torch.stack(model.keys_values(c)[0]), torch.stack(plain), 1e-6)
+
+
+def test_a_run_whitens_by_its_own_captions_and_keeps_the_map(copy, encoders):
+    out = copy("latents")
+    assert dit.main([*DIT, "--text-encoder", encoders[1], "--steps", "2", "--out", str(out)]) == 0
+    saved = state(out / "dit.pt")
+    lengths, tokens = np.load(out / "text/offsets.npy"), np.load(out / "text/embeddings.npy")
+    assert lengths[-1] == len(tokens)
+    for weights in (saved["model"], saved["ema"]):
+        same(weights["text_shift"], tokens.astype(np.float64).mean(0), 1e-4)
+        assert not torch.equal(weights["text_map"], torch.eye(len(weights["text_map"])))
+
+
+def test_colours_are_permuted_in_their_share_of_the_pictures_and_nothing_else_changes():
+    x = torch.rand(2000, 3, 2, 2)
+    g = torch.Generator().manual_seed(0)
+    who, how = torch.rand(2000, generator=g), torch.rand(2000, 3, generator=g)
+    out = psvae.permute_colours(x, who, how, 0.5)
+    same(out.sort(1).values, x.sort(1).values, 1e-9)                        # the same three channels
+    kept = (out == x).all((1, 2, 3))
+    assert kept[who >= 0.5].all() and abs((~kept).float().mean() - 0.5 * 5 / 6) < 0.04
+    orders = {tuple(order) for order in how[who < 0.5].argsort(1).tolist()}
+    assert len(orders) == 6                                                 # all six of them
+    assert torch.equal(psvae.permute_colours(x, who, how, 0.0), x)
+
+
+def test_beta_grows_over_its_share_of_the_steps(copy, monkeypatch):
+    seen, loss = [], psvae.psvae_loss
+    monkeypatch.setattr(psvae, "psvae_loss",
+                        lambda *args: seen.append(args[8] if len(args) > 8 else 1.0) or loss(*args))
+    argv = [*PSVAE, "--beta-warmup", "0.5", "--steps", "8", "--eval-every", "100"]
+    assert psvae.main([*argv, "--out", str(copy("svae.pt"))]) == 0
+    assert seen[:8] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    terms = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.rand(2, 1, 1, 5), torch.rand(2, 1, 1, 5),
+             torch.rand(2, 1, 1, 6), torch.rand(2, 1, 1, 6), psvae.Config(beta=0.5, lpips_weight=0.0)]
+    whole, half = loss(*terms), loss(*terms, None, 0.5)
+    same(whole["loss"] - half["loss"], 0.25 * whole["kl"], 1e-6)
+
+
+def test_words_of_counts_without_capitals_and_stops_at_most():
+    assert dit.words_of(["A red, red star.", "a Star"], most=3) == ["a", "red", "star"]
+
+
+def test_every_picture_has_complete_captions_and_loose_ones(world):
+    from notes import world as world_module
+    with open(world / "train/metadata.jsonl") as lines:
+        rows = [json.loads(line) for line in lines]
+    first = {row["file_name"]: row for row in rows if "scene" in row}
+    captions = [row for row in rows if "source" not in row]
+    assert set(first) == {row["file_name"] for row in captions} and len(captions) > 3.5 * len(first)
+    words = lambda name: world_module.WORDS.get(name, (name,))
+    for row in first.values():                                              # the first is complete
+        said = [o[name] for o in row["scene"]["objects"] for name in world_module.LOOK]
+        for name in [*said, row["scene"]["background"]]:
+            assert any(word in row["text"] for word in words(name)), row
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Inference
 # ------------------------------------------------------------------------------------------------------------
 

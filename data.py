@@ -145,7 +145,7 @@ def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
 
 
 def _draw_world(top: Path, count: int):
-    from notes import world                            # the one thing the stages call in notes/
+    from notes.world import world                      # the one thing the stages call in notes/
     print(f"no --data: drawing the built-in world of {count:,} pictures into {top}", flush=True)
     try:
         world.write(top, count=count)

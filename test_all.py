@@ -4,7 +4,7 @@
 
 First half: the equations, in order, against an independent form in float64, value and gradient. A test's name
 is the claim. Second half: folders, checkpoints, resume, the command line, the scripts as a person runs them.
-notes/mutants.py breaks each equation on purpose and sees its test go red.
+notes/checks/mutants.py breaks each equation on purpose and sees its test go red.
 """
 
 import ast
@@ -44,9 +44,11 @@ import dit
 import psvae
 import sample
 import svae
-from notes import bench, convert, editbench, emoji, full_path, geneval, guide_vs_paper, judge, lab
-from notes import off_manifold
-from notes import pretrain_tiny, schedule, ship, swaps
+from notes import convert
+from notes.checks import bench, full_path
+from notes.claims import guide_vs_paper, lab, off_manifold, schedule
+from notes.tiny import pretrain_tiny, ship
+from notes.world import editbench, emoji, geneval, judge, swaps
 
 torch.set_num_threads(2)
 HERE = Path(data.__file__).parent
@@ -143,7 +145,7 @@ DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *C
 def encoders(tmp_path_factory):
     """Untrained encoders of the true architectures, saved as transformers saves them:
     (image folder, text folder)."""
-    from notes import pretrain_tiny
+    from notes.tiny import pretrain_tiny
     top = tmp_path_factory.mktemp("encoders")
     pretrain_tiny.untrained_encoders(top)
     return str(top / "image"), str(top / "text")
@@ -152,7 +154,7 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The built-in world with 120 pictures."""
-    from notes import world
+    from notes.world import world
     return world.write(tmp_path_factory.mktemp("data") / "world", count=120)
 
 
@@ -976,7 +978,7 @@ def test_words_of_counts_without_capitals_and_stops_at_most():
 
 
 def test_every_picture_has_complete_captions_and_loose_ones(world):
-    from notes import world as world_module
+    from notes.world import world as world_module
     with open(world / "train/metadata.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
     first = {row["file_name"]: row for row in rows if "scene" in row}
@@ -2525,7 +2527,7 @@ def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2
 
 @pytest.mark.parametrize("split", ["train", "val", "heldout"])
 def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_are_in_one_split_alone(split):
-    from notes import world
+    from notes.world import world
     for k in range(200):
         scene = world.scene(k, split)
         assert 1 <= len(scene.objects) <= 4 and world.legal(scene.objects)
@@ -2536,7 +2538,7 @@ def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_are_in_one_split_
 
 @pytest.mark.parametrize("kind", editbench.KINDS)
 def test_an_edit_of_the_world_leaves_all_that_it_does_not_name(kind):
-    from notes import world
+    from notes.world import world
     edits = [edit for edit in map(world.edit, range(140)) if edit[3] == kind]
     assert len(edits) >= 10
     for before, text, after, _ in edits:
@@ -2563,7 +2565,7 @@ def test_the_judge_reads_true_pictures_and_refuses_spoiled_ones():
 
 
 def test_geneval_asks_553_prompts_and_a_perfect_painter_meets_them_all():
-    from notes import world
+    from notes.world import world
     asked = geneval.prompts()
     assert collections.Counter(row["task"] for row in asked) == geneval.TASKS and len(asked) == 553
     asked = asked[::12]
@@ -2588,7 +2590,7 @@ def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_no
 
 
 def test_features_at_objects_are_interpolated_between_the_patches_around_their_centres():
-    from notes import world
+    from notes.world import world
     side = torch.arange(4.0)                        # the patches hold their own (x, y), CLS holds 99
     tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1).flatten(0, 1)
     tokens = torch.cat([torch.full((1, 2), 99.0), tokens])[None].repeat(2, 1, 1)
@@ -2762,9 +2764,9 @@ AWAITING = []                                               # whose pages have n
 
 @pytest.mark.parametrize("name", NOTEBOOK + AWAITING)
 def test_a_script_of_the_notebook_runs_and_prints_its_tables_and_leaves_its_page_alone(name, tmp_path):
-    page = HERE / f"notes/{name}.md"
+    page = HERE / f"notes/claims/{name}.md"
     before = page.read_bytes()
-    process = start(HERE / f"notes/{name}.py", "--quick", folder=tmp_path)
+    process = start(HERE / f"notes/claims/{name}.py", "--quick", folder=tmp_path)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     rows = [line for line in said.splitlines() if line.startswith("| ") and re.search(r"\| -?\d", line)]
@@ -2779,11 +2781,11 @@ def test_a_script_of_the_notebook_runs_and_prints_its_tables_and_leaves_its_page
 
 @pytest.mark.parametrize("name", NOTEBOOK)
 def test_a_page_of_the_notebook_says_how_it_was_made_and_is_found_from_the_way_in(name):
-    page = (HERE / f"notes/{name}.md").read_text()
-    assert f"python notes/{name}.py" in page and f"]({name}.png)" in page
-    assert (HERE / f"notes/{name}.png").exists()
+    page = (HERE / f"notes/claims/{name}.md").read_text()
+    assert f"python notes/claims/{name}.py" in page and f"]({name}.png)" in page
+    assert (HERE / f"notes/claims/{name}.png").exists()
     lines = (HERE / "notes/README.md").read_text().splitlines()
-    line = next(line for line in lines if f"({name}.md)" in line)
+    line = next(line for line in lines if f"(claims/{name}.md)" in line)
     assert re.search(r"\*\*.+\*\*", line) and re.search(r"\d", line.split(")", 1)[1])  # a finding, its number
 
 
@@ -2989,7 +2991,7 @@ def test_a_package_of_another_content_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Under fire: notes/reliability.py in short, and one test for each thing that broke under the long form
+# Under fire: notes/checks/reliability.py in short, and one test for each thing that broke under the long form
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2997,7 +2999,7 @@ def test_a_package_of_another_content_is_refused(tmp_path):
 def fire(tmp_path_factory):
     """The harness in its short form, in a process of its own: {section: "held", or what failed}."""
     result = tmp_path_factory.mktemp("fire") / "result.json"
-    process = start(HERE / "notes/reliability.py", "--short", "--json", result,
+    process = start(HERE / "notes/checks/reliability.py", "--short", "--json", result,
                     "--work", result.with_name("w"))
     said = process.communicate(timeout=280)[0]
     assert result.exists(), said

@@ -1,0 +1,205 @@
+"""Breaks every equation on purpose, one change at a time, and sees whether that equation's tests go red.
+
+    python notes/checks/mutants.py [--only psvae.py] [--equation 11]
+        ten minutes on one core; exit code 1 if a survivor is unexplained
+
+In each function that carries an `# Eq. n` comment: every sign and operator flipped, every term dropped, every
+number changed, every reduction and elementary function exchanged, every keyword argument left out. The
+changed module is run against `test_eq_n_...` of all n in that function, in a fork. A survivor is a missing
+test, or stands in EXPLAINED with the reason why it computes the same thing.
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import io
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(HERE))
+
+EXCHANGE = {"mean": "sum", "sum": "mean", "sqrt": "abs", "exp": "abs", "abs": "square", "sin": "cos",
+            "cos": "sin", "cumprod": "cumsum", "square": "abs", "gelu": "silu", "mse_loss": "l1_loss",
+            "addcmul": "addcdiv", "unflatten": None}
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+             ast.FloorDiv: ast.Mult}
+# (file, function, the change): why it computes the same
+EXPLAINED = {
+    ("notes.pretrain_tiny", "contrastive_loss", "F.normalize(f, dim=-1)  ->  without dim"):
+        "the default, 1, is the last of two",
+    ("notes.pretrain_tiny", "contrastive_loss", "F.normalize(f_plus, dim=-1)  ->  without dim"): "as above",
+    ("notes.pretrain_tiny", "contrastive_loss", "10000.0  ->  20000.0"):
+        "exp of either is 0",
+    ("psvae", "forward", "recompute(level, x, use_reentrant=False)  ->  without use_reentrant"):
+        "chooses between two implementations of the same recomputation; torch warns where it is left out",
+    ("dit", "denoise",
+     "recompute(block, h, modulation, k, v, mask, use_reentrant=False)  ->  without use_reentrant"):
+        "as above",
+    ("dit", "noise_schedule", "torch.ones(1, dtype=torch.float64)  ->  without dtype"):
+        "torch.cat with float64 gives float64",
+    ("dit", "timestep_embedding", "torch.arange(d // 2, device=t.device, "
+                                  "dtype=torch.float32)  ->  without device"):
+        "matters on a GPU only",
+    ("dit", "timestep_embedding", "torch.arange(d // 2, device=t.device, "
+                                  "dtype=torch.float32)  ->  without dtype"):
+        "the division by d makes it float32",
+}
+
+
+def functions_with_equations(source: str):
+    """(function node, its equation numbers) for every innermost function or method
+    that has `# Eq. n` comments."""
+    lines, out = source.splitlines(), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
+            found = re.findall(r"# (?:DEVIATION.*)?Eq\. (\d+(?:, \d+)*)", text)
+            numbers = sorted({int(n) for group in found for n in group.split(", ")})
+            if numbers and node.name not in ("train", "encode_texts"):  # loops: the second half of the tests
+                out.append((node, numbers))
+    return out
+
+
+def mutations(function: ast.FunctionDef):
+    """(path to a node, what is done, replacement) for one change at a time."""
+    def visit(node, path, in_annotation=False):
+        if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)):
+            return                                              # a docstring
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            flipped = copy.deepcopy(node)
+            flipped.op = OPERATORS[type(node.op)]()
+            yield path, f"{ast.unparse(node)}  ->  {ast.unparse(flipped)}", flipped
+            for side in ("left", "right"):
+                yield (path, f"{ast.unparse(node)}  ->  {ast.unparse(getattr(node, side))}",
+                       getattr(node, side))
+        if (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+                and not isinstance(node.operand, ast.Constant)):
+            yield path, f"{ast.unparse(node)}  ->  {ast.unparse(node.operand)}", node.operand
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            value = (node.value * 2 or 1.0) if isinstance(node.value, float) else node.value + 1
+            yield path, f"{node.value}  ->  {value}", ast.Constant(value)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            other = EXCHANGE.get(node.func.attr)
+            if other:
+                swapped = copy.deepcopy(node)
+                swapped.func.attr = other
+                yield path, f"{ast.unparse(node)}  ->  .{other}", swapped
+        if isinstance(node, ast.Call):
+            for i, keyword in enumerate(node.keywords):
+                without = copy.deepcopy(node)
+                del without.keywords[i]
+                yield path, f"{ast.unparse(node)}  ->  without {keyword.arg}", without
+        if isinstance(node, ast.IfExp):
+            yield path, f"{ast.unparse(node)}  ->  {ast.unparse(node.orelse)}", node.orelse
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list", "defaults"):
+                continue
+            children = value if isinstance(value, list) else [value]
+            for i, child in enumerate(children):
+                if isinstance(child, ast.AST):
+                    yield from visit(child, path + [(name, i if isinstance(value, list) else None)])
+    yield from visit(function, [])
+
+
+def replaced(tree: ast.Module, function: ast.FunctionDef, path, new):
+    """The module's tree with one node of one function replaced."""
+    tree = copy.deepcopy(tree)
+    node = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.lineno == function.lineno)
+    for name, i in path[:-1]:
+        node = getattr(node, name) if i is None else getattr(node, name)[i]
+    name, i = path[-1]
+    if i is None:
+        setattr(node, name, new)
+    else:
+        getattr(node, name)[i] = new
+    return ast.fix_missing_locations(tree)
+
+
+def is_killed(module, tree: ast.Module, numbers: list[int], seconds: int = 120) -> bool:
+    """Runs the tests of these equations in a fork in which the module is the mutant."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            exec(compile(tree, module.__file__, "exec"), module.__dict__)
+            if module.__name__ == "dit":                        # sample.py took these by name
+                import sample
+                sample.__dict__.update({name: module.__dict__[name]
+                                        for name in ("DiT", "normalise")})
+            pattern = " or ".join(f"eq_{n}_" for n in numbers)
+            code = pytest_main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-k", pattern,
+                                str(HERE / "test_all.py")])
+        os._exit(int(code))
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) != 0
+        time.sleep(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one file, such as psvae.py")
+    parser.add_argument("--equation", type=int, help="one equation")
+    args = parser.parse_args()
+    os.chdir(HERE)
+    import torch
+    torch.set_num_threads(1)                                    # threads do not survive a fork
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import importlib
+    for heavy in ("pytest", "transformers", "sample", "diffusers", "lpips", "numpy.testing",
+                  "torch.distributions"):
+        with contextlib.suppress(Exception):                    # loaded once, before the forks
+            importlib.import_module(heavy)
+    import pytest
+    global pytest_main
+    pytest_main = pytest.main
+    tested, survivors, explained, begin = 0, [], 0, time.monotonic()
+    for name in ("svae", "psvae", "dit", "sample", "notes.pretrain_tiny"):
+        if args.only and not args.only.startswith(name.replace(".", "/")):
+            continue
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            module = importlib.import_module(name)
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        for function, numbers in functions_with_equations(source):
+            if args.equation and args.equation not in numbers:
+                continue
+            if not is_killed(module, tree, numbers):
+                kept = killed = 0
+                for path, what, new in mutations(function):
+                    tested += 1
+                    if is_killed(module, replaced(tree, function, path, new), numbers):
+                        killed += 1
+                    elif (name, function.name, what) in EXPLAINED:
+                        explained += 1
+                    else:
+                        kept += 1
+                        survivors.append((name, function.name, what))
+                        print(f"  SURVIVED {name}.{function.name}: {what}", flush=True)
+                print(f"{name}.{function.name} (Eq. {', '.join(map(str, numbers))}): {killed} killed, {kept} "
+                      f"survived, {time.monotonic() - begin:.0f} s", flush=True)
+            else:
+                print(f"{name}.{function.name}: its tests are red without a change", flush=True)
+                survivors.append((name, function.name, "tests red"))
+    print(f"{tested} mutants: {tested - len(survivors) - explained} killed, {explained} explained, "
+          f"{len(survivors)} unexplained")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()

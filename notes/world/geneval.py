@@ -1,0 +1,306 @@
+"""GenEval for the built-in world: 553 prompts over its six tasks, four pictures of each, read by the judge.
+
+    python notes/world/geneval.py                                      the model that sample.py would take:
+                                                                 2,212 pictures
+    python notes/world/geneval.py --quick                              139 prompts, a picture each:
+                                                                 a first impression
+    python notes/world/geneval.py --guidance 1 2 4 --steps 10 25 50    a sweep: quality against cost
+    python notes/world/geneval.py --seed 0 1 2                         the spread over sampling seeds
+    python notes/world/geneval.py --compare a.json b.json              the difference of two results,
+                                                                 with its interval
+
+The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94 colours,
+100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A picture counts if the
+judge reads it and finds exactly what the prompt says: objects that nobody asked for are errors. Prompts that
+name a (colour, shape) pair which training never shows are scored apart, as held out. Intervals: bootstrap
+over prompts, 95 %. Writes out/geneval.json, and out/geneval.png: failures, with what the judge saw.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from notes.world.judge import check, read                                                              # noqa: E402
+from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, WORDS,  # noqa: E402
+                         Object, choose, generator, noun, with_article)
+
+TASKS = {"single": 80, "two": 99, "counting": 80, "colours": 94, "position": 100, "binding": 100}
+HELD_OUT_SHARE = 0.2   # of the prompts of the four tasks that name colours
+BOOTSTRAP = 1000       # times that the prompts are drawn again
+
+
+# --- Prompts ------------------------------------------------------------------------------------------------
+
+class Plain:
+    """Stands in for a random generator where the first of several wordings is wanted."""
+
+    def random(self):
+        return 0.0
+
+
+def phrase(count=1, **said):
+    """'three large red stars', in the plainest wording, of shape and maybe colour, size and style."""
+    o = Object(**{"shape": "", "colour": "", "size": "", "style": "", **said})
+    name = noun(o, said, Plain(), plural=count > 1)
+    return f"{NUMBERS[count]} {name}" if count > 1 else with_article(name)
+
+
+def _proposals(task):
+    """Endless (text, requirement) for a task; the colours begin with each (colour, shape) once."""
+    if task == "colours":
+        for colour, shape in PAIRS:
+            yield phrase(shape=shape, colour=colour), {"objects": [{"shape": shape, "colour": colour}]}
+    rng = generator("geneval", task)
+    extras = ({}, {"size": "small"}, {"size": "large"}, {"style": "filled"}, {"style": "outline"})
+    while True:
+        shapes = [str(s) for s in rng.permutation(SHAPES)]        # never the same twice in one prompt
+        colours = [str(c) for c in rng.permutation(list(COLOURS))]
+        extra = [choose(rng, extras, p=(0.4, 0.15, 0.15, 0.15, 0.15)) for _ in range(2)]
+        count = 1 if task in ("single", "counting", "colours") else 2
+        objects, need, join = [{"shape": s} for s in shapes[:count]], {}, "{} and {}" if count == 2 else "{}"
+        if task in ("single", "two"):
+            objects = [{**o, **e} for o, e in zip(objects, extra)]
+        # Counting and position are asked with and without colours;
+        # the colours and attribute binding are about them.
+        elif task in ("colours", "binding") or rng.random() < 0.7:
+            objects = [{**o, "colour": c} for o, c in zip(objects, colours)]
+        if task == "counting":
+            objects[0]["count"] = int(rng.integers(2, 5))
+        if task == "position":
+            need["relation"] = choose(rng, ("left", "right", "above", "below"))
+            join = f"{{}} {WORDS[need['relation']][0]} {{}}"
+        text = join.format(*(phrase(**o) for o in objects))
+        if task in ("single", "colours") and rng.random() < 0.4:
+            need["background"] = choose(rng, BACKGROUNDS)
+            text += f" on {with_article(need['background'])} background"
+        yield text, {"objects": objects, **need}
+
+
+def prompts():
+    """The 553, always the same: [{"task", "text", "requirement", "heldout"}], no text twice."""
+    rows = []
+    for task, count in TASKS.items():
+        unseen = 0 if task in ("single", "two") else round(HELD_OUT_SHARE * count)
+        room, texts = {True: unseen, False: count - unseen}, set()
+        for text, need in _proposals(task):
+            heldout = any((o.get("colour"), o["shape"]) in HELD_OUT for o in need["objects"])
+            if text not in texts and room[heldout]:
+                texts.add(text)
+                room[heldout] -= 1
+                rows.append({"task": task, "text": text, "requirement": need, "heldout": heldout})
+            if not any(room.values()):
+                break
+    return rows
+
+
+# --- Scores -------------------------------------------------------------------------------------------------
+
+def summarise(tasks, scores):
+    """The mean over tasks of the mean over prompts, and its 95 % interval:
+    prompts drawn again within each task."""
+    rng, scores, tasks = generator("bootstrap"), np.asarray(scores, float), np.asarray(tasks)
+    groups = [scores[tasks == task] for task in dict.fromkeys(tasks.tolist())]
+    if not groups:
+        return {"score": float("nan"), "interval": (float("nan"), float("nan")), "prompts": 0}
+    again = np.mean([g[rng.integers(len(g), size=(BOOTSTRAP, len(g)))].mean(1) for g in groups], axis=0)
+    return {"score": float(np.mean([g.mean() for g in groups])),
+            "interval": tuple(np.percentile(again, (2.5, 97.5)).tolist()), "prompts": len(scores)}
+
+
+def evaluate(generate, prompts, n=4, seed=0, batch=128, keep=96):
+    """Scores `generate(texts, seed) -> uint8 (N, 64, 64, 3)`,
+    whose picture k is to start from noise of seed + k.
+
+    Returns {"overall", "seen", "heldout", "tasks": {task: …}: each {"score", "interval", "prompts"},
+    "unreadable", "seconds", "scores": of each prompt, "failures": [(text, picture, what the judge read)],
+    "n", "seed"}.
+    """
+    jobs = [row for row in prompts for _ in range(n)]
+    good, unreadable, failures, began = [], 0, [], time.perf_counter()
+    for start in range(0, len(jobs), batch):
+        some = jobs[start:start + batch]
+        for row, picture in zip(some, generate([row["text"] for row in some], seed * 1_000_003 + start)):
+            facts = read(picture)
+            good.append(check(facts, row["requirement"]))
+            unreadable += facts is None
+            if not good[-1]:
+                failures.append((row["text"], picture, facts))
+    scores = np.array(good, float).reshape(-1, n).mean(1)
+
+    def part(which):
+        chosen = [i for i, row in enumerate(prompts) if which(row)]
+        return summarise([prompts[i]["task"] for i in chosen], scores[chosen])
+
+    return {"overall": part(lambda row: True),
+            "seen": part(lambda row: not row["heldout"]), "heldout": part(lambda row: row["heldout"]),
+            "tasks": {task: part(lambda row: row["task"] == task) for task in TASKS},
+            "unreadable": unreadable / len(jobs), "seconds": time.perf_counter() - began,
+            "scores": scores.tolist(),
+            "failures": failures[::max(1, -(-len(failures) // keep))],   # evenly over the tasks
+            "n": n, "seed": seed}
+
+
+def report(result):
+    """The table that is printed, and quoted."""
+    lines = [f"{'':<14}{'score':>7}   95 % interval  prompts"]
+    parts = {"overall": result["overall"], "seen": result["seen"], "held out": result["heldout"],
+             **result["tasks"]}
+    for name, s in parts.items():
+        if s["prompts"]:
+            low, high = s["interval"]
+            lines.append(f"{name:<14}{s['score']:>7.1%}   {low:>6.1%} – {high:<6.1%}{s['prompts']:>8}")
+    return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; "
+                              f"{result['seconds']:.0f} s"])
+
+
+def compare(first, second):
+    """Overall score of the second result file less that of the first, paired by prompt,
+    over all seeds in each."""
+    a, b = (np.mean([r["scores"] for r in json.loads(Path(name).read_text())], axis=0)
+            for name in (first, second))
+    tasks = [row["task"] for row in prompts()]
+    if not len(a) == len(b) == len(tasks):
+        raise SystemExit(f"--compare needs two full runs over {len(tasks)} prompts, "
+                         f"not over {len(a)} and {len(b)}")
+    s = summarise(tasks, b - a)
+    low, high = s["interval"]
+    return f"{second} less {first}: {s['score']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+
+
+# --- What a person looks at ---------------------------------------------------------------------------------
+
+def brief(facts):
+    """What the judge saw, in few words: 'filled' and 'small' go without saying."""
+    if facts is None:
+        return "unreadable"
+    names = Counter()
+    for o in facts.objects:
+        words = [*["large"] * (o.size == "large"), *["hollow"] * (o.style == "outline"), o.colour, o.shape]
+        names[" ".join(words)] += 1
+    return ", ".join(f"{k} x {name}" if k > 1 else name for name, k in names.items()) or "nothing"
+
+
+def gallery(cells, columns=8, side=2 * CANVAS):
+    """A page of [(text above, [pictures side by side], text below)]."""
+    if not cells:
+        return Image.new("RGB", (side, side), "white")
+    font = ImageFont.load_default(11)
+    width = max(len(pictures) for _, pictures, _ in cells) * (side + 4) + 8
+    columns = max(1, min(columns, len(cells), 1280 // width))
+
+    def wrap(text):
+        lines = [""]
+        for word in text.split():
+            if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width - 8:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        return "\n".join(lines)
+
+    cells = [(wrap(above), pictures, wrap(below)) for above, pictures, below in cells]
+    head, foot = (14 * max(cell[k].count("\n") + 1 for cell in cells) + 4 for k in (0, 2))
+    height = head + side + foot + 6
+    page = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (above, pictures, below) in enumerate(cells):
+        x, y = k % columns * width + 4, k // columns * height
+        pen.text((x, y), above, fill="black", font=font, spacing=1)
+        pen.text((x, y + head + side), below, fill=(170, 30, 30), font=font, spacing=1)
+        for i, picture in enumerate(pictures):
+            big = Image.fromarray(picture).resize((side, side), Image.NEAREST)
+            page.paste(big, (x + i * (side + 4), y + head))
+    return page
+
+
+# --- The model that sample.py would take --------------------------------------------------------------------
+
+def add_model_flags(parser):
+    parser.add_argument("--model", default="",
+                        help="folder with psvae.pt and dit.pt (out, else the shipped one)")
+    parser.add_argument("--guidance", type=float, nargs="+", help="one or several (the preset's)")
+    parser.add_argument("--steps", type=int, nargs="+", help="DDIM steps, one or several (the preset's)")
+    parser.add_argument("--eta", type=float, nargs="+", help="one or several (the preset's)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several (0)")
+    parser.add_argument("--batch", type=int, default=128, help="pictures drawn at once (128)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the work, for a first impression")
+
+
+def load(args):
+    """(pipeline, its name, the settings that sample.py would use with it)."""
+    import data
+    import sample
+    folder = sample.find_model(args.model)
+    try:
+        pipeline = sample.Pipeline(folder, data.pick_device(args.device))
+        if pipeline.size != CANVAS:
+            raise data.UserError(f"{folder} draws pictures of {pipeline.size} px; "
+                                 f"the judge reads those of {CANVAS}.")
+    except data.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    settings = {name: getattr(sample.Config, name) for name in ("guidance", "steps", "image_guidance", "eta")}
+    settings |= {k: v for k, v in sample.PRESETS.get(pipeline.config["preset"], {}).items() if k in settings}
+    return pipeline, f"{folder}, step {pipeline.step:,}", settings
+
+
+def save(results, failures, out):
+    """The numbers as JSON, the failures as a picture beside it."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    gallery(failures).save(out.with_suffix(".png"))
+    print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+def main():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    add_model_flags(parser)
+    parser.add_argument("--n", type=int, default=4, help="pictures of each prompt (4)")
+    parser.add_argument("--out", default="out/geneval.json",
+                        help="results; failures go to the .png beside it")
+    parser.add_argument("--prompts", action="store_true", help="only print the prompts")
+    parser.add_argument("--compare", nargs=2, metavar="JSON", help="only compare two results")
+    args = parser.parse_args()
+    asked = prompts()
+    if args.prompts:
+        lines = [f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}"
+                 for row in asked]
+        return print("\n".join(lines))
+    if args.compare:
+        return print(compare(*args.compare))
+    if args.quick:
+        asked, args.n = asked[::4], 1
+    pipeline, name, own = load(args)
+    results = []
+    grid = [getattr(args, key) or [own[key]] for key in ("guidance", "steps", "eta")]
+    for guidance, steps, eta, seed in itertools.product(*grid, args.seed):
+        def generate(texts, first):
+            seeds = [first + i for i in range(len(texts))]
+            return pipeline(texts, seeds, steps=steps, guidance=guidance, eta=eta)
+
+        result = evaluate(generate, asked, args.n, seed, args.batch)
+        failures = result.pop("failures")
+        print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}\n{report(result)}",
+              flush=True)
+        results.append({"model": name, "guidance": guidance, "steps": steps, "eta": eta, **result})
+    if len(results) > 1:
+        print(f"\n{'guidance':>9}{'steps':>7}{'eta':>6}{'seed':>6}{'overall':>9}"
+              f"{'seen':>8}{'held out':>10}{'seconds':>9}")
+        for r in results:
+            scores = [r[part]["score"] for part in ("overall", "seen", "heldout")]
+            print(f"{r['guidance']:>9g}{r['steps']:>7}{r['eta']:>6g}{r['seed']:>6}{scores[0]:>9.1%}"
+                  f"{scores[1]:>8.1%}{scores[2]:>10.1%}{r['seconds']:>9.0f}")
+    save(results, [(text, [picture], brief(facts)) for text, picture, facts in failures], args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data                                                                                       # noqa: E402
-from dit import add_noise, normalise                                                              # noqa: E402
+from dit import add_noise, normalise, v_of                                                        # noqa: E402
 from notes.world import world                                                                           # noqa: E402
 from sample import Pipeline                                                                       # noqa: E402
 
@@ -88,12 +88,19 @@ def measure(pipeline: Pipeline, edit: bool, swap, count: int) -> list[tuple[floa
 
     z_0, source = latents(pictures), latents(sources) if edit else None
     eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
-    alpha_bar, said, found = pipeline.dit.alpha_bar, [pipeline.text_encoder(list(part)) for part in texts], []
+    said, found = [pipeline.text_encoder(list(part)) for part in texts], []
     for t in (max(1, round(t * pipeline.config["T"] / 1000)) for t in TIMES):
         t = torch.full((count,), t, device=pipeline.device)
-        z_t = add_noise(z_0, t, eps, alpha_bar)
-        true, wrong = ((eps - pipeline.dit(z_t, t, c, mask, source)).square().flatten(1).mean(1)
-                       / alpha_bar[t] for c, mask in said)
+        z_t = add_noise(z_0, t, eps, pipeline.alpha_bar)
+        target = v_of(z_0, t, eps, pipeline.alpha_bar)
+
+        def error(c, mask):                 # of v; an error of eps is one of v times sqrt(alpha_bar)
+            prediction = pipeline.dit(z_t, t, c, mask, source)
+            if pipeline.config["predict"] == "eps":
+                return (eps - prediction).square().flatten(1).mean(1) / pipeline.alpha_bar[t]
+            return (target - prediction).square().flatten(1).mean(1)
+
+        true, wrong = (error(*text) for text in said)
         more = wrong - true
         found.append((true.mean().item(), more.mean().item(), (more > 0).double().mean().item()))
     return found

@@ -2917,15 +2917,16 @@ def test_without_matplotlib_the_lab_leaves_a_figure_out_and_says_so(monkeypatch,
     assert lab.pyplot() is None and "pip install matplotlib" in capsys.readouterr().out
 
 
-def test_shipped_weights_are_rounded_before_latents_are_made_from_them(copy, tmp_path):
-    out = copy("psvae.pt")
-    before = psvae.load_psvae(out / "psvae.pt")[0].fingerprint()
-    assert ship.main(["psvae", "--out", str(out), "--to", str(tmp_path)]) == 0
-    for path in (out / "psvae.pt", tmp_path / "psvae.pt"):
-        model, checkpoint = psvae.load_psvae(path)
-        assert model.fingerprint() == checkpoint["fingerprint"] != before
-    assert "optimizer" not in checkpoint
-    assert all(value.dtype == torch.half for value in state(tmp_path / "psvae.pt")["model"].values())
+def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tmp_path):
+    out = copy("psvae.pt", "dit.pt", "svae.csv", "psvae.csv", "dit.csv")
+    assert ship.main(["--out", str(out), "--to", str(tmp_path / "ship")]) == 0
+    assert (tmp_path / "ship/dit.csv").read_bytes() == (out / "dit.csv").read_bytes()
+    small, whole = (sample.Pipeline(folder, torch.device("cpu")) for folder in (tmp_path / "ship", out))
+    drawn = [pipeline(["a red circle"] * 2, [0, 1], steps=3) for pipeline in (small, whole)]
+    assert np.abs(np.subtract(*drawn, dtype=int)).max() <= 3
+    saved = state(tmp_path / "ship/dit.pt")
+    assert not {"optimizer", "pending"} & saved.keys() and not saved["model"]
+    assert all(value.dtype == torch.half for value in saved["ema"].values())
 
 
 def test_emoji_become_captions_and_edits_that_change_one_thing():

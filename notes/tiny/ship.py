@@ -1,55 +1,47 @@
-"""Makes the model that ships: weights in half precision, without optimizer, under notes/tiny/.
+"""Makes the small files that ship from a trained out/: no optimizer, the DiT's averaged weights only, and half
+precision for all but what encodes, whose fingerprint the DiT carries.
 
-    python svae.py && python psvae.py
-    python notes/tiny/ship.py psvae            rounds the weights of out/psvae.pt in place,
-                                          and writes notes/tiny/psvae.pt
-    python psvae.py --encode-only         latents of the rounded weights:
-                                          their fingerprint is that of what ships
-    python dit.py
-    python notes/tiny/ship.py dit              writes notes/tiny/dit.pt: the averaged weights only
+    python svae.py && python psvae.py && python dit.py
+    python notes/tiny/ship.py            writes psvae.pt, dit.pt and the three logs into notes/tiny/
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data
-from psvae import load_psvae
+import data  # noqa: E402
+
+ENCODES = ("encoder.", "projector.")
 
 
 def half(state: dict) -> dict:
-    return {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    return {name: value.half() if value.is_floating_point() and not name.startswith(ENCODES) else value
+            for name, value in state.items()}
 
 
 @data.program
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("psvae", "dit"))
     parser.add_argument("--out", default="out", help="folder of the trained model")
-    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the small file goes")
+    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the small files go")
     args = parser.parse_args(argv)
-    path = Path(args.out) / f"{args.stage}.pt"
-    checkpoint = dict(data.load(path, args.stage))
-    if args.stage == "psvae":
-        model, _ = load_psvae(path)
-        model.half().float()                           # latents belong to the rounded weights
-        checkpoint |= {"model": model.state_dict(), "fingerprint": model.fingerprint()}
-        with data.atomic(path) as partial:
+    out, to = Path(args.out), Path(args.to)
+    for stage, weights in (("psvae", "model"), ("dit", "ema")):
+        checkpoint = {name: value for name, value in data.load(out / f"{stage}.pt", stage).items()
+                      if name not in ("model", "ema", "optimizer", "pending")}
+        checkpoint |= {"model": {}, weights: half(data.load(out / f"{stage}.pt", stage)[weights])}
+        checkpoint["config"] = checkpoint["config"] | {"out": "out"}
+        with data.atomic(to / f"{stage}.pt") as partial:
             torch.save(checkpoint, partial)
-        checkpoint["model"] = half(checkpoint["model"])
-    else:
-        checkpoint |= {"model": {}, "ema": half(checkpoint["ema"])}
-    for name in ("optimizer", "pending"):
-        checkpoint.pop(name, None)
-    checkpoint["config"] = checkpoint["config"] | {"out": "out"}
-    shipped = Path(args.to) / path.name
-    with data.atomic(shipped) as partial:
-        torch.save(checkpoint, partial)
-    print(f"{shipped}: {data.human(shipped.stat().st_size)}, step {checkpoint['step']:,}")
+        size = (to / f"{stage}.pt").stat().st_size
+        print(f"{to / stage}.pt: {data.human(size)}, step {checkpoint['step']:,}")
+    for stage in ("svae", "psvae", "dit"):
+        shutil.copy(out / f"{stage}.csv", to / f"{stage}.csv")
 
 
 if __name__ == "__main__":

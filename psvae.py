@@ -55,7 +55,8 @@ class Config:
     lpips_weight: float = 0.1               # weight of the perceptual loss, the guide's lambda; 0: no VGG
     beta: float = 1e-4                      # weight of the KL term
     beta_warmup: float = 0.0                # share of the steps over which that weight grows from 0, linearly
-    permute_colours: float = 0.0            # share of pictures whose colour channels are permuted at random
+    permute_colours: float = 0.0            # share of pictures whose colour channels are permuted at random,
+    permute_steps: int = 0                  # in the first so many steps
     steps: int = 200_000                    # optimisation steps
     batch: int = 64                         # pictures a step, over all processes
     micro_batches: int = 1                  # gradient accumulation: parts that a process cuts its batch into
@@ -84,6 +85,7 @@ class Config:
     def __post_init__(self):
         data.check(self, image_size=(32, 4096), z_dim=(1, 65536), widths=(4, 65536), alpha=(0, 1e6),
                    gamma=(0, 1e6), lpips_weight=(0, 1e6), beta=(0, 1e6), beta_warmup=(0, 1), permute_colours=(0, 1),
+                   permute_steps=(0, 1e9),
                    steps=(1, 1e9), batch=(1, 1e6),
                    micro_batches=(1, 1e6), learning_rate=(0, 10), encoder_lr_scale=(0, 10),
                    weight_decay=(0, 10), warmup=(0, 1e9), clip=(1e-9, 1e9), workers=(0, 512),
@@ -102,8 +104,8 @@ class Config:
 PRESETS = {
     "full": {},
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
-                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.5, permute_colours=0.3, steps=5000,
-                 batch=16, learning_rate=5e-4, encoder_lr_scale=1.0,
+                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.5, permute_colours=0.25, permute_steps=964,
+                 steps=3200, batch=16, learning_rate=5e-4, encoder_lr_scale=1.0,
                  warmup=50, precision="fp32", compile=False, workers=0, log_every=20, eval_every=400,
                  save_every=400, latents="mu"),
 }
@@ -516,8 +518,9 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 group["lr"] = rate * group["scale"]
             # beta grows from 0: a KL term at full weight from the first step costs a dB all the way
             warm = min(1.0, (step + 1) / (cfg.beta_warmup * cfg.steps)) if cfg.beta_warmup else 1.0
-            x = permute_colours(x, *(run.rand(step, what, *shape) for what, shape in (("who", ()), ("how", (3,)))),
-                                cfg.permute_colours)
+            # shapes meet all colours early on; then true pictures alone bring the last decibels
+            if step < cfg.permute_steps:
+                x = permute_colours(x, run.rand(step, "who"), run.rand(step, "how", 3), cfg.permute_colours)
             side = cfg.image_size // 16
             eps = run.randn(step, "eps", side, side, cfg.z_dim)             # (B, h, w, z_dim), by seed, step
 

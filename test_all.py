@@ -45,7 +45,7 @@ import psvae
 import sample
 import svae
 from notes import convert
-from notes.checks import bench, full_path
+from notes.checks import bench, evaluate, full_path
 from notes.claims import guide_vs_paper, lab, off_manifold, schedule
 from notes.tiny import pretrain_tiny, ship
 from notes.world import editbench, emoji, geneval, judge, swaps
@@ -2826,6 +2826,24 @@ def test_true_pictures_of_a_prompt_are_what_it_says():
     for row in prompts:
         picture = schedule.true_picture(row["requirement"], schedule.world.generator("test", row["text"]))
         assert schedule.judge.check(schedule.judge.read(picture), row["requirement"])
+
+
+def test_evaluate_prints_what_comes_back_and_what_the_latents_hold(copy, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert evaluate.main(["--out", str(copy("svae.pt", "psvae.pt")), "--count", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "N = 4" in said and "LPIPS is left out" in said and "at an object's centre: shape" in said
+    for name in ("PSNR dB", "near edges", "elsewhere", "SSIM", "FDD", "PS-VAE", "S-VAE"):
+        assert re.search(rf" {name} +-?\d+\.\d", said), name
+
+
+def test_psnr_counts_the_pixels_that_it_is_told_to():
+    x, x_hat = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
+    x_hat[..., 2:] = 0.2                                                    # an error of 0.1 on a scale of 0 to 1
+    left = (torch.arange(4) < 2).expand(1, 1, 2, 4)
+    same(evaluate.psnr(x_hat, x, ~left), [20.0], 1e-5)
+    same(evaluate.psnr(x_hat, x), [10 * math.log10(200)], 1e-5)
+    assert evaluate.psnr(x_hat, x, left) == 120 and evaluate.psnr(x, x, left & ~left).isnan()
 
 
 def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypatch):

@@ -1,25 +1,87 @@
-"""What the tiny encoders and autoencoders hold, in numbers: behind the table of notes/tiny/README.md.
+"""Measures a trained PS-VAE on held-out pictures: what comes back, and what its latents hold.
 
-    python notes/checks/evaluate.py [--out out] [--count 1000]
+    python notes/checks/evaluate.py                  the model in out/, on the pictures it was trained for
+    python notes/checks/evaluate.py --count 50000    as many of them (default 1,000)
 
-On held-out pictures of the built-in world: what a linear map reads out of the image encoder's patches (fitted
-on training pictures); how much of each channel of these features S-VAE gives back (1 - squared error /
-variance; cosine would flatter, for all features share a large mean); PSNR of PS-VAE's reconstructions from
-mu, within 3 pixels of an edge and elsewhere.
+PSNR, SSIM, LPIPS (where VGG can be had) and FDD, the Fréchet distance between DINOv2 features of pictures
+and reconstructions, from mu. PSNR within 3 pixels of an edge and elsewhere. How much of each channel of the
+frozen features comes back through the semantic decoders (1 - squared error / variance; cosine would
+flatter, for all features share a large mean). In the built-in world also what a linear map reads out of
+the image encoder's patches at an object's centre.
 """
 
-import argparse
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                                       # noqa: E402
-import psvae                                                                                      # noqa: E402
-import svae                                                                                       # noqa: E402
-from notes.tiny import pretrain_tiny                                                                   # noqa: E402
-from notes.claims.lab import near_edges                                                                  # noqa: E402
+import data                                                                              # noqa: E402
+import psvae                                                                             # noqa: E402
+import svae                                                                              # noqa: E402
+from notes.tiny import pretrain_tiny                                                     # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = ""              # folder of pictures; default: the one that psvae.pt was trained on
+    out: str = "out"            # folder with psvae.pt, and maybe svae.pt
+    count: int = 1000           # held-out pictures, at most
+    batch: int = 50             # pictures at once
+    workers: int = 0            # processes that read pictures
+    device: str = "auto"        # auto, cpu or cuda
+
+    def __post_init__(self):
+        data.check(self, count=(2, 1e8), batch=(1, 1e6), workers=(0, 512))
+
+
+# --- Measures -------------------------------------------------------------------------------------
+
+def psnr(x_hat: torch.Tensor, x: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each picture (B,) in dB, over the pixels where `where` (B, 1, H, W)
+    is True (default: all; nan where none is); x_hat, x (B, 3, H, W) in [-1, 1]."""
+    error = (x_hat.clamp(-1, 1) - x).square().mean(1, keepdim=True) / 4
+    where = torch.ones_like(error) if where is None else where
+    mean = (error * where).sum((1, 2, 3)) / where.sum((1, 2, 3))
+    return -10 * mean.clamp(min=1e-12).log10()
+
+
+def near_edges(x: torch.Tensor, reach: int = 3) -> torch.Tensor:
+    """(B, 1, H, W), True within `reach` pixels of a step of colour; x (B, 3, H, W) in [-1, 1]."""
+    step = torch.zeros_like(x[:, :1])
+    step[:, :, :, 1:] += (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().amax(1, keepdim=True)
+    step[:, :, 1:] += (x[:, :, 1:] - x[:, :, :-1]).abs().amax(1, keepdim=True)
+    return F.max_pool2d((step > 0.1).float(), 2 * reach + 1, 1, reach) > 0
+
+
+def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004), 11 x 11 Gaussian window of sigma 1.5;
+    (B, 3, H, W) in [-1, 1] -> (B,)."""
+    window = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    window = (window / window.sum()).expand(3, 1, 1, 11)
+
+    def blur(image):
+        return F.conv2d(F.conv2d(image, window, groups=3), window.transpose(2, 3), groups=3)
+
+    a, b = (x_hat.clamp(-1, 1) + 1) / 2, (x + 1) / 2
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = (blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2,
+                         blur(a * b) - mean_a * mean_b)
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    return ((2 * mean_a * mean_b + c1) * (2 * cov + c2) /
+            ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Between Gaussians fitted to two sets of features (N, d); in DINOv2's space FDD (Stein et al. 2023)."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()  # tr (cov_a cov_b)^0.5
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
 
 
 def explained_variance(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
@@ -28,49 +90,80 @@ def explained_variance(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     return 1 - (f_hat - f).square().mean(0) / f.var(0, correction=0)
 
 
-def psnr(x_hat: torch.Tensor, x: torch.Tensor, where: torch.Tensor) -> float:
-    """Mean over pictures, dB; x_hat, x (B, 3, H, W) in [-1, 1], where (B, 1, H, W): the pixels that count."""
-    error = (x_hat.clamp(-1, 1) - x).square().mean(1, keepdim=True) / 4
-    return (-10 * (error * where).sum((1, 2, 3)).div(where.sum((1, 2, 3))).log10()).nanmean().item()
+# --- A trained model ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def measure(cfg: Config, model, frozen, stage_1, pictures, count: int) -> dict:
+    """{name: values over pictures, or one number} for the first `count` of `pictures`."""
+    device = data.pick_device(cfg.device)
+    try:
+        lpips = data.load_lpips(device)
+    except data.UserError as error:
+        print(f"LPIPS is left out: {error}")
+        lpips = None
+    steps = -(-count // cfg.batch)
+    keys = lambda step: [(i, None) for i in range(step * cfg.batch, min(count, (step + 1) * cfg.batch))]
+    values, f, f_hat, f_1, real, fake, broken = {}, [], [], [], [], [], set()
+    for images, unreadable in data.batches(pictures, keys, 0, steps, cfg.workers):
+        broken |= {index for index, _ in unreadable}
+        x = data.to_float(images, device)
+        mu, target = model.encode(x)[0], frozen(x)
+        x_hat = model.decode(mu)
+        edge = near_edges(x)
+        scores = {"PSNR dB": psnr(x_hat, x), "  near edges": psnr(x_hat, x, edge),
+                  "  elsewhere": psnr(x_hat, x, ~edge), "SSIM": ssim(x_hat, x)}
+        if lpips:
+            scores["LPIPS"] = lpips(x_hat.clamp(-1, 1), x).flatten()
+        for name, value in scores.items():
+            values.setdefault(name, []).append(value.cpu())
+        f.append(target.flatten(0, 2).cpu())
+        f_hat.append(model.semantic_decoder(mu).flatten(0, 2).cpu())
+        if stage_1:
+            f_1.append(stage_1.semantic_decoder(stage_1.projector(target)[0]).flatten(0, 2).cpu())
+        for features, picture in ((real, x), (fake, x_hat.clamp(-1, 1))):
+            features.append(frozen.tokens(picture)[:, 0].cpu().numpy())                     # CLS
+    if broken:
+        print(f"{len(broken)} pictures cannot be read; the next ones took their places")
+    f = torch.cat(f)
+    shares = {name: explained_variance(torch.cat(part), f)
+              for name, part in (("features, PS-VAE", f_hat), ("features, S-VAE", f_1)) if part}
+    return {name: torch.cat(part) for name, part in values.items()} | shares | {
+        "FDD": frechet_distance(np.concatenate(real), np.concatenate(fake))}
 
 
 @data.program
-@torch.no_grad()
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder with world/, svae.pt and psvae.pt")
-    parser.add_argument("--count", type=int, default=1000, help="held-out pictures")
-    args = parser.parse_args(argv)
-    out, device = Path(args.out), data.pick_device("auto")
-    saved = data.load(out / "svae.pt", "svae", before="python svae.py")
-    folder, held_out = data.read_folder("", out=args.out, count=saved["config"]["count"])
-    size = saved["config"]["image_size"]
-    train, test = ((data.Pictures(part, size), pretrain_tiny.objects_of(part)) for part in (folder, held_out))
-    x = torch.stack([test[0][(i, None)][0] for i in range(min(args.count, len(test[0])))])
-
-    encoder = data.load_image_encoder(saved["config"]["encoder"]).to(device)
-    data.check_encoder(data.fingerprint(encoder), saved, saved["config"]["encoder"])
-    shares = pretrain_tiny.read_out(encoder, train, test, 2 * args.count)
-    print("read out of the patches at an object's centre: "
-          + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-
-    stage_1 = svae.SVAE(encoder.dim, saved["config"]["z_dim"]).to(device).eval()
-    data.load_weights(stage_1, saved["model"], out / "svae.pt")
-    stage_2, _ = psvae.load_psvae(out / "psvae.pt", device)
-    f, f_hat, x_hat = [], [], []
-    for part in x.split(100):
-        part = data.to_float(part, device)
-        f.append(encoder(part).flatten(0, 2).cpu())
-        f_hat.append(stage_1.semantic_decoder(stage_1.projector(encoder(part))[0]).flatten(0, 2).cpu())
-        x_hat.append(stage_2.decode(stage_2.encode(part)[0]).cpu())
-    share = explained_variance(torch.cat(f_hat), torch.cat(f))
-    print(f"S-VAE, from mu: {share.mean():.3f} of the features' variance on average over channels, "
-          f"{share.min():.3f} of the least")
-    x, x_hat = data.to_float(x, "cpu"), torch.cat(x_hat)
-    edge = near_edges(x)
-    print(f"PS-VAE, from mu, {len(x):,} pictures: {psnr(x_hat, x, torch.ones_like(edge)):.2f} dB; "
-          f"within 3 pixels of an edge {psnr(x_hat, x, edge):.2f}, elsewhere {psnr(x_hat, x, ~edge):.2f}")
+def main(argv: list[str] | None = None):
+    cfg = Config(**data.read_flags(Config, argv, __doc__))
+    out, device = Path(cfg.out), data.pick_device(cfg.device)
+    model, saved = psvae.load_psvae(out / "psvae.pt", device)
+    config = saved["config"]
+    frozen, stage_1 = data.load_image_encoder(config["encoder"]).to(device).requires_grad_(False), None
+    if (out / "svae.pt").exists():
+        first = data.load(out / "svae.pt", "svae")
+        data.check_encoder(data.fingerprint(frozen), first, config["encoder"])
+        stage_1 = svae.SVAE(frozen.dim, first["config"]["z_dim"]).to(device).eval()
+        data.load_weights(stage_1, first["model"], out / "svae.pt")
+    name = cfg.data or config["data"]
+    train, held_out = data.read_folder(name, out=cfg.out, count=config["count"])
+    pictures = data.Pictures(held_out, config["image_size"])
+    found = measure(cfg, model, frozen, stage_1, pictures, min(cfg.count, held_out.own or len(pictures)))
+    print(f"held-out pictures: N = {len(found['SSIM'])}, from {held_out.root}")
+    for name_of, value in found.items():
+        if isinstance(value, float):
+            print(f"  {name_of:16s} {value:8.3f}  (encoder {config['encoder']}; biased upward for small N)")
+        elif name_of.startswith("features"):
+            print(f"  {name_of:16s} {value.mean():8.3f}  of the variance, mean over channels; "
+                  f"least {value.min():.3f}")
+        elif not math.isnan(value.nanmean()):
+            value = value[~value.isnan()]
+            print(f"  {name_of:16s} {value.mean():8.3f}  (standard deviation over pictures "
+                  f"{value.std(correction=0):.3f})")
+    if not name:                                                # the built-in world knows what is there
+        sides = [(data.Pictures(part, config["image_size"]), pretrain_tiny.objects_of(part))
+                 for part in (train, held_out)]
+        shares = pretrain_tiny.read_out(frozen, *sides, 2 * cfg.count)
+        print("read out of the patches at an object's centre: "
+              + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
 
 
 if __name__ == "__main__":

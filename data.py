@@ -17,6 +17,7 @@ writes them.
 """
 
 import argparse
+import ast
 import contextlib
 import csv
 import errno
@@ -28,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.queues
 import os
 import posixpath
 import re
@@ -38,6 +40,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
@@ -61,264 +64,404 @@ class UserError(Exception):
     """Wrong input, told to a person in one line: what, the value, what is allowed, the next command."""
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1 Folders of images and captions
-# ------------------------------------------------------------------------------------------------------------
+#
+# Four rules read every folder. Names: NFC, "/" between folders, suffixes in any case, none with a
+# dot in front. Split: train/ beside val/. Text: a table, else a .txt beside the picture, else the
+# folders that tell pictures apart, else file names. What no rule understands is counted and named.
+# --------------------------------------------------------------------------------------------------
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-HELD_OUT = 50                  # without a val/ folder, one picture in so many is held out, by its name's hash
+Image.init()                   # Pillow goes by content: an EPS called 0.png would start a program
+FORMATS = [kind for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+           if kind in Image.OPEN]
+warnings.filterwarnings("ignore", module="PIL")        # corrupt EXIF: ImageNet has many
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+LARGEST = 100_000_000          # pixels: a file of some KB can hold a picture that fills the memory
+HELD_OUT = 50                  # without a val/ folder, one picture in so many, by its name's hash
+PATIENCE = 300                 # seconds until worker processes that bring no batch are given up
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test", "heldout")
+TABLES = [f"{name}.{kind}" for name in ("metadata", "captions") for kind in ("jsonl", "csv", "tsv")]
+IMAGENET = ("LOC_synset_mapping.txt", "LOC_val_solution.csv")         # class names in Kaggle's tree
+COLUMNS = {                    # of a table, by what they mean; the first there is, is read
+    "file_name": ("file_name", "filename", "edited_image", "edited_img", "target_image", "image",
+                  "image_path", "img", "path", "file"),
+    "text": ("text", "edit_prompt", "edited_prompt_list", "instruction", "caption", "prompt",
+             "description", "captions", "texts"),
+    "source": ("source", "input_image", "source_image", "original_image", "src_img")}
 
 
 @dataclass
 class Folder:
     """A list of pictures and a list of rows that speak of them; a row is (image, text, source).
 
-    image and source are indices into `images`; source is -1 for a caption, and the picture to be edited for
-    an edit (then `text` is the instruction and `image` the result).
+    image and source are indices into `images`; source is -1 for a caption, and the picture to be
+    edited for an edit (then `text` is the instruction and `image` the result).
     """
 
     root: Path
-    layout: str                                       # metadata | classes | text files | file names
+    layout: str                                       # metadata | text files | classes | file names
     images: list[str] = field(default_factory=list)   # paths relative to root
     rows: list[tuple[int, str, int]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # "name: reason" for what is not in images or rows
-    own: int | None = None                            # how many of images are on this side alone; None: all
+    skipped: list[str] = field(default_factory=list)  # "name: reason" of what cannot be used
+    own: int | None = None                            # so many are on this side alone; None: all
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.images[index])
 
 
-def read_folder(name: str, max_broken: float = 0.01, out: str = "out",
+def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
                 count: int = 50_000) -> tuple[Folder, Folder]:
-    """Reads a folder in any of the three layouts; returns (training, held-out) pictures.
+    """A folder's training and held-out pictures; README.md says which folders are understood.
 
-    `metadata.jsonl` or `metadata.csv` with file_name, text[, source] (Hugging Face ImageFolder) | class
-    folders (ImageNet) | a .txt beside each image, else captions from file names. Where there are train/ and
-    val/, each is such a folder; else 2 % are held out. An empty name is the built-in world, drawn on first
-    use with `count` pictures.
-
-    Raises UserError: no such folder, no images in it, or more than `max_broken` of its rows unusable.
+    An empty name is the built-in world, drawn on first use with `count` pictures. What is not used
+    is said, and stands in the first's `skipped`. Raises UserError: no such folder, or (unless
+    max_broken is None) no images in it, or more than max_broken of its rows unusable.
     """
-    if not name:
-        top = Path(out) / "world"
-        if os.environ.get("RANK", "0") == "0":
-            if not (top / "world.json").exists():
-                _draw_world(top, count)
-            elif (there := read_json(top / "world.json").get("count")) != count != 50_000:
-                print(f"{top} is there, with {there} pictures: --count {count} does nothing", flush=True)
-        if torch.distributed.is_initialized():         # the other ranks wait for the one that draws
-            together(torch.distributed.barrier)
-    else:
-        top = Path(name).expanduser()
-    if not top.exists():
-        raise UserError(f"--data {name}: no such folder. "
-                        f"Give a folder of images, or leave --data out for the built-in world.")
+    top = Path(name or f"{out}/world").expanduser()
+    if not name and os.environ.get("RANK", "0") == "0":
+        _draw_world(top, count)
+    if not name and torch.distributed.is_initialized():       # wait for the rank that draws
+        together(torch.distributed.barrier)
     if not top.is_dir():
-        raise UserError(f"--data {name} is a file; a folder of images is needed (README.md says which).")
-    inner = [top / "train", top / "ILSVRC/Data/CLS-LOC/train"]
-    root = next((path for path in inner if path.is_dir()), top)
-    for path in (root, root.parent / "val"):
-        if root != top and path.is_dir() and not is_inside(path, top):
-            raise UserError(f"{path} is a link that leaves {top}. Nothing outside --data is read: put the "
-                            f"folder itself there.")
-    for table in ("metadata.jsonl", "metadata.csv"):
-        if root != top and (top / table).is_file():
-            print(f"{top / table} is not read: the pictures are in {root}, and a table belongs beside them",
-                  flush=True)
-    train = _read_layout(root, top)
-    if root != top and (root.parent / "val").is_dir():
-        held_out = _read_layout(root.parent / "val", top)
-    else:
-        train, held_out = _hold_out(train)
-    for folder in (train, held_out):
-        total = len(folder.skipped) + len(folder.rows)
-        tolerate(folder.skipped, total, max_broken, f"rows of {folder.root}")
-        if folder.skipped:
-            print(f"{len(folder.skipped)} of {total} rows of {folder.root} are left out (`python data.py "
-                  f"--data …` lists them all): {'; '.join(folder.skipped[:3])}", flush=True)
+        raise UserError(f"--data {name}: no such folder{' (it is a file)' * top.exists()}. "
+                        f"Give a folder of images, or leave --data out for the built-in world.")
+    whole, sides = _read(top, say if name else lambda _: None)         # nothing on our own world
+    held = [name.startswith(sides[1]) if sides[1:] else zlib.crc32(
+                name[len(sides[0]):].encode("utf-8", "surrogateescape")) % HELD_OUT == 0
+            for name in whole.images]
+    train, held_out = _part(whole, held, False, sides[0]), _part(whole, held, True, sides[-1])
+    if not sides[1:] and not train.images:             # a few pictures, all with that hash
+        train, held_out = held_out, train
+    if train.images and not held_out.images:
+        say(f"{top}: too few pictures to hold any out; what is called held out are training ones")
+        held_out = train
+    if whole.skipped:
+        say(f"{top}: {len(whole.skipped)} rows are left out (`python data.py --data …` lists them "
+            f"all): {'; '.join(whole.skipped[:3])}")
+    train.skipped = whole.skipped
+    if max_broken is not None:
+        accept(name, train, held_out, max_broken)
+    return train, held_out
+
+
+def accept(name: str, train: Folder, held_out: Folder, max_broken: float):
+    """Raises UserError for a folder that nothing can be trained on."""
+    rows = len(train.rows) + len(held_out.rows) * (held_out is not train)
+    tolerate(train.skipped, len(train.skipped) + rows, max_broken, f"rows of {name or train.root}")
     if not train.rows:
-        raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
-    if not held_out.images:
-        print(f"--data {name}: too few pictures to hold any out; what is called held out are training "
-              f"pictures", flush=True)
-    return train, held_out if held_out.images else train
-
-
-def _draw_world(top: Path, count: int):
-    from notes.world import world                      # the one thing the stages call in notes/
-    print(f"no --data: drawing the built-in world of {count:,} pictures into {top}", flush=True)
-    try:
-        world.write(top, count=count)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the built-in world could not be drawn into {top} ({_first_line(error)}). Make "
-                        f"room, move away what is there, or choose another --out.")
+        raise UserError(f"--data {name}: no images in it that could be trained on "
+                        f"({', '.join(sorted(SUFFIXES))}).")
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str):
-    """Raises UserError when more than max_broken of `total` is broken, with counts and examples."""
-    if len(broken) > max_broken * total:
-        raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken {max_broken} "
-                        f"allows. The first: {'; '.join(broken[:3])}. "
+    """Raises UserError when more than max_broken of `total` is broken; one alone stops nobody."""
+    if len(broken) > (max_broken and max(1, max_broken * total)):
+        raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken "
+                        f"{max_broken} allows. The first: {printable('; '.join(broken[:3]))}. "
                         f"`python data.py --data …` lists them all.")
 
 
-def _listing(root: Path) -> tuple[set[str], set[str], list[str]]:
-    """Relative paths of images and of .txt files below root, and what was refused: links that leave root."""
-    images, texts, refused = set(), set(), []
-    inside, stack = os.path.realpath(root) + os.sep, [""]
-    while stack:
-        folder = stack.pop()
-        for entry in os.scandir(os.path.join(root, folder)):
-            name = posixpath.join(folder, entry.name)
-            suffix = os.path.splitext(entry.name)[1].lower()
-            link = entry.is_symlink()
-            if link and not (os.path.realpath(entry.path) + os.sep).startswith(inside):
-                refused.append(f"{name!r}: a link that leaves the folder")
-            elif entry.is_dir(follow_symlinks=False):
-                stack.append(name)
-            elif link and entry.is_dir():
-                refused.append(f"{name!r}: a link to a folder")        # it could be a loop
-            elif suffix in SUFFIXES or suffix == ".txt":
-                if entry.is_file():                    # no pipe, which would hang the run; no broken link
-                    (texts if suffix == ".txt" else images).add(name)
-                else:
-                    refused.append(f"{name!r}: neither file nor folder")
-    return images, texts, refused
+def digest(folder: Folder) -> str:
+    """sha256 over names and rows: the same where a folder moved, another for other contents."""
+    return digest_of([folder.images, folder.rows])
+
+
+def printable(text: str) -> str:
+    """A name or caption for the terminal: control characters and half ones as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str):
+    if os.environ.get("RANK", "0") == "0":             # once, not once a process
+        print(printable(text), flush=True)
+
+
+def unicode(text: str) -> str:
+    """Half characters ("\\ud800" in JSON, a file name that is no UTF-8) become "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 
-def _read_layout(root: Path, top: Path) -> Folder:
-    images, texts, refused = _listing(root)
-    for table in ("metadata.jsonl", "metadata.csv"):
-        if (root / table).is_file() and os.path.realpath(root / table) == os.path.join(
-                os.path.realpath(root), table):
-            return _read_metadata(root / table, images)
-        if (root / table).is_file():
-            refused.append(f"{table}: a link that leaves the folder, or renames")
-    names, nested = sorted(images), any("/" in name for name in images)
-    beside = {name: os.path.splitext(name)[0] + ".txt" for name in names}
-    if not texts.isdisjoint(beside.values()):
-        folder = Folder(root, "text files", skipped=refused)
-        for name in names:
-            if beside[name] in texts:
-                text = (root / beside[name]).read_text(encoding="utf-8", errors="replace").strip()
-                folder.rows.append((len(folder.images), text, -1))
-                folder.images.append(name)
-            else:
-                folder.skipped.append(f"{name!r}: no .txt beside it")
-        return folder
-    folder = Folder(root, "classes" if nested else "file names", names, skipped=refused)
-    titles = _class_titles(top) if nested else _imagenet_val_titles(top)       # Kaggle keeps val flat
-    for i, name in enumerate(names):
-        key = name.split("/")[0] if "/" in name else os.path.splitext(name)[0]
-        folder.rows.append((i, titles.get(key, _words(key)), -1))
-    return folder
+def _draw_world(top: Path, count: int):
+    """Draws the built-in world unless it is there; of two programs at once, one is refused."""
+    if (top / "world.json").exists():
+        if (there := read_json(top / "world.json").get("count")) != count != 50_000:
+            say(f"{top} is there, with {there} pictures: --count {count} does nothing")
+        return
+    from notes.world import world                      # the one thing the stages call in notes/
+    say(f"no --data: drawing the built-in world of {count:,} pictures into {top}")
+    try:
+        with take_lock(top.parent, "world"):
+            world.write(top, count=count)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the built-in world could not be drawn into {top} ({_first_line(error)}). "
+                        f"Make room, move away what is there, or choose another --out.")
 
 
-def _read_metadata(table: Path, present: set[str]) -> Folder:
-    """Rows {"file_name", "text"[, "source"]}, with paths that stay inside the table's folder."""
-    folder, index = Folder(table.parent, "metadata"), {}
-
-    def image(name) -> int:
-        if not isinstance(name, str) or not name:
-            raise ValueError("no file_name")
-        clean = posixpath.normpath(name)
-        if clean.startswith(("/", "..")):
-            raise ValueError(f"{name!r} leaves the folder")
-        if clean not in present:
-            raise ValueError(f"{name!r} is not there, or no image")
-        if clean not in index:
-            index[clean] = len(folder.images)
-            folder.images.append(clean)
-        return index[clean]
-
-    with open(table, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(lines, strict=True) if table.suffix == ".csv" else filter(str.strip, lines)
-        for number in itertools.count(1):
-            try:
-                line = next(rows)
-                row = line if table.suffix == ".csv" else json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise ValueError("no text")
-                source = image(row["source"]) if row.get("source") else -1
-                folder.rows.append((image(row.get("file_name")), unicode(row["text"].strip()), source))
-            except StopIteration:
-                break
-            except (ValueError, RecursionError, csv.Error) as error:   # JSONDecodeError is a ValueError
-                folder.skipped.append(f"{table.name} row {number}: {error}")
-    return folder
+def _plain(name: str) -> str:
+    """One spelling for a path: macOS takes letters apart, Windows writes \\, cameras write .JPG."""
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name.replace("\\", "/")))
+    return stem + suffix.lower()
 
 
-def _hold_out(folder: Folder) -> tuple[Folder, Folder]:
-    """Splits by a hash of the file name, so that a picture stays on its side when the folder grows.
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
-    An edit with either picture held out is held out; its other picture then stands on both sides, and in the
-    held-out folder behind those that are its own.
+
+def _read(top: Path, say) -> tuple[Folder, tuple[str, ...]]:
+    """All pictures and rows below top, and the prefixes of training (and held-out) pictures."""
+    whole = Folder(top, "metadata")
+    found = _listing(top, whole.skipped)
+    sides = _split(found["images"])
+    images = [name for name in found["images"] if name.startswith(sides)]
+    texts = {_plain(name): name for name in found["texts"]}
+    texts = {name: texts.get(os.path.splitext(_plain(name))[0] + ".txt") for name in images}
+    rank = lambda name: -TABLES.index(posixpath.basename(name).lower())
+    tables = {posixpath.dirname(name): name for name in sorted(found["tables"], key=rank)}
+    if tables:                                         # one in each folder, the first of TABLES
+        index, numbers, texts = {_plain(name): name for name in found["images"]}, {}, {}
+        index |= {name: name for name in found["images"]}
+        for table in sorted(tables.values()):
+            _from_table(whole, table, index, numbers, sides)
+        whole.images = list(numbers)
+    elif any(texts.values()):
+        _from_texts(whole, texts)
+    else:
+        _from_names(whole, images, sides)
+    unread = {*found["tables"], *found["texts"], *found["others"]}
+    for what, names in (
+            ("links to folders that are read already", found["again"]),
+            (f"pictures outside {' and '.join(sides)}", {*found["images"]}.difference(images)),
+            ("pictures that no table names", tables and {*images}.difference(whole.images)),
+            (f"files that are no picture, no .txt beside one, and none of {', '.join(TABLES)}",
+             unread - {*tables.values(), *texts.values(), *IMAGENET})):
+        kinds = [sorted(kind) for _, kind in itertools.groupby(sorted(names, key=_kind), _kind)]
+        if kinds:                                      # rare kinds first: they say more
+            kinds = [f"{len(kind)} like {kind[0]!r}" for kind in sorted(kinds, key=len)[:8]]
+            say(f"{top}: not read are {len(names)} {what}: {', '.join(kinds)}")
+    return whole, sides
+
+
+def _listing(top: Path, broken: list[str]) -> dict[str, list[str]]:
+    """Every file below top, by kind; what is broken is added to `broken`.
+
+    Links are followed: whoever made the folder put them there. Each folder is read once, rather by
+    its own name than by a link's, so that neither loops nor copies ("again") arise.
     """
-    held = [zlib.crc32(name.encode("utf-8", "surrogateescape")) % HELD_OUT == 0 for name in folder.images]
-    parts = []
-    for side in (False, True):
-        part = Folder(folder.root, folder.layout, skipped=[] if side else folder.skipped)
-        rows = [row for row in folder.rows if (held[row[0]] or (row[2] >= 0 and held[row[2]])) == side]
-        used = dict.fromkeys(i for image, _, source in rows for i in (image, source) if i >= 0)
-        used = sorted(used, key=lambda i: held[i] != side)             # stable: its own first
-        index = {i: number for number, i in enumerate(used)}
-        part.rows = [(index[image], text, index.get(source, -1)) for image, text, source in rows]
-        part.images = [folder.images[i] for i in used]
-        part.own = sum(held[i] == side for i in used)
-        parts.append(part)
-    return (parts[0], parts[1]) if parts[0].images else (parts[1], parts[0])
+    found = {kind: [] for kind in ("images", "texts", "tables", "others", "again")}
+    seen, stack = set(), [""]
+    while stack:
+        folder = stack.pop()
+        here = os.stat(os.path.join(top, folder))
+        if (here.st_dev, here.st_ino) in seen:
+            found["again"].append(folder)
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        for entry in sorted(os.scandir(os.path.join(top, folder)), key=lambda entry: entry.name):
+            name, link = posixpath.join(folder, entry.name), entry.is_symlink()
+            kind = _kind(name)
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue                               # no person put it there
+            if os.path.isdir(entry.path) if link else entry.is_dir():
+                stack.insert(0 if link else len(stack), name)
+            elif not (os.path.isfile(entry.path) if link else entry.is_file()):
+                broken.append(f"{name!r}: no file (a broken link, or a pipe)")
+            else:
+                if not kind:                           # a picture all the same?
+                    with contextlib.suppress(Exception), Image.open(entry.path, formats=FORMATS):
+                        kind = ".png"
+                found["images" if kind in SUFFIXES else
+                      "tables" if entry.name.lower() in TABLES else
+                      "texts" if kind == ".txt" else "others"].append(name)
+    return {kind: sorted(names) for kind, names in found.items()}
+
+
+def _split(images: list[str]) -> tuple[str, ...]:
+    """What the names of training pictures begin with, and those of held-out ones if they have a
+    folder. One called train is a split only where all beside it are split names, else a class."""
+    base = ""
+    while True:
+        paths = [name[len(base):].split("/") for name in images if name.startswith(base)]
+        below = sorted({path[0] for path in paths if len(path) > 1})
+        train, val = ([f"{base}{name}/" for known in side for name in below
+                       if name.lower() == known] for side in (TRAIN, VAL))
+        if train and len(train) + len(val) == len(below):
+            return train[0], *val[:1]
+        if len(below) != 1:
+            return ("",)
+        base += f"{below[0]}/"                         # the only folder: look inside
+
+
+def _open(path: Path):
+    """A text file in UTF-8, or in UTF-16 with its mark; other bytes become half characters."""
+    with open(path, "rb") as file:
+        code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return open(path, encoding=code, errors="surrogateescape", newline="")
+
+
+def _text(text) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"a text or path is missing, or {type(text).__name__}")
+    if re.search("[\0\udc80-\udcff]", text):           # cp1252, say, or UTF-16 without its mark
+        raise ValueError("neither UTF-8 nor UTF-16 with its mark")
+    return unicode(text.strip())
 
 
 def _words(name: str) -> str:
     return unicode(" ".join(re.split(r"[\s_\-]+", name)).strip())
 
 
-def unicode(text: str) -> str:
-    """Half characters ("\\ud800" in JSON, a file name that is no UTF-8) become "?": no file holds them."""
-    return text.encode("utf-8", "replace").decode()
+def _from_texts(whole: Folder, texts: dict[str, str | None]):
+    """A caption from the .txt beside each picture."""
+    whole.layout = "text files"
+    for name, text in texts.items():
+        try:
+            if not text:
+                raise ValueError("no .txt beside it")
+            with _open(whole.root / text) as file:
+                whole.rows.append((len(whole.images), _text(file.read()), -1))
+            whole.images.append(name)
+        except (OSError, ValueError) as error:
+            whole.skipped.append(f"{text or name!r}: {error}")
 
 
-@functools.cache
-def _class_titles(top: Path) -> dict[str, str]:
-    """ImageNet's wnid -> first name, from Kaggle's LOC_synset_mapping.txt or the copy in notes/."""
-    for path in (top / "LOC_synset_mapping.txt", HERE / "notes/imagenet_names.txt"):
-        if path.is_file() and (is_inside(path, top) or path.parent != top):
-            lines = (line.split(" ", 1) for line in path.read_text("utf-8", errors="replace").splitlines()
-                     if " " in line)
-            return {wnid: names.split(",")[0].strip() for wnid, names in lines}
-    return {}
+def _from_names(whole: Folder, images: list[str], sides: tuple[str, ...]):
+    """A caption from the deepest level of folders that tells pictures apart, else from file names.
+
+    Words go before numbers: in cat/0/1.png, cat/1/2.png, dog/0/3.png the classes are cat and dog.
+    """
+    titles, levels = _titles(whole.root), {}
+    paths = [name[len(sides[-1] if name.startswith(sides[-1]) else sides[0]):].split("/")
+             for name in images]
+    for level in range(max(map(len, paths), default=1) - 1):
+        names = {path[level] for path in paths if len(path) > level + 1}
+        if len(names) > 1 or names & titles.keys():
+            levels[level] = any(map(str.isalpha, "".join(names)))
+    level = max(levels, key=lambda level: (levels[level], level), default=None)
+    whole.layout, whole.images = "file names" if level is None else "classes", images
+    for i, path in enumerate(paths):
+        key = (os.path.splitext(path[-1])[0] if level is None or len(path) == 1
+               else path[min(level, len(path) - 2)])
+        whole.rows.append((i, titles.get(key, _words(key)), -1))
 
 
-def _imagenet_val_titles(top: Path) -> dict[str, str]:
-    path, titles = top / "LOC_val_solution.csv", _class_titles(top)
-    if not path.is_file() or not is_inside(path, top):
-        return {}
-    with open(path, encoding="utf-8", errors="replace", newline="") as lines:
-        return {row["ImageId"]: titles.get(row["PredictionString"].split(" ")[0], "")
-                for row in csv.DictReader(lines) if row.get("ImageId") and row.get("PredictionString")}
+def _titles(top: Path) -> dict[str, str]:
+    """ImageNet's wnid -> first name; where Kaggle keeps val/ flat, picture -> name of its class."""
+    path = top / IMAGENET[0] if (top / IMAGENET[0]).is_file() else HERE / "notes/imagenet_names.txt"
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    titles = {wnid: names.split(",")[0].strip()
+              for wnid, _, names in (line.partition(" ") for line in lines) if names}
+    if (top / IMAGENET[1]).is_file():                  # picture,wnid x y x y ...
+        with _open(top / IMAGENET[1]) as lines:
+            titles |= {picture: titles.get(wnid.split(" ")[0], "")
+                       for picture, _, wnid in (line.strip().partition(",") for line in lines)}
+    return titles
+
+
+def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[str, int], sides):
+    """Rows of a .jsonl, or of a .csv with commas, semicolons, bars or tabs. Whatever a path in it
+    says, it is looked up among the pictures there are (`index`): none can leave."""
+    tops = [_plain(f"{top}/") for top in (os.path.abspath(whole.root), os.path.realpath(whole.root),
+                                          whole.root.name)]
+
+    def find(value) -> str:
+        name = _plain(_text(value))
+        for path in (value, name, *(name.removeprefix(top) for top in tops)):
+            for base in (posixpath.dirname(table), ""):
+                if (inside := posixpath.normpath(posixpath.join(base, path))) in index:
+                    return index[inside]
+        leaves = posixpath.normpath(name).startswith(("/", ".."))
+        raise ValueError(f"{value!r} {'leaves the folder' if leaves else 'is no picture there'}")
+
+    with _open(whole.root / table) as lines:
+        if _kind(table) == ".jsonl":
+            rows = map(json.loads, filter(str.strip, lines))
+        else:
+            csv.field_size_limit(2**31 - 1)
+            head = lines.readline()
+            mark = max(",;\t|", key=head.count)
+            names = next(csv.reader([head], delimiter=mark), [])
+            rows = csv.DictReader(lines, names, delimiter=mark, strict=True)
+        for number in itertools.count(1):
+            try:
+                if not isinstance(row := next(rows), dict):
+                    raise ValueError("no columns")
+                row = {"_".join(str(key).lower().split()): row[key] for key in row}
+                found = {what: [row[name] for name in names if row.get(name) is not None]
+                         for what, names in COLUMNS.items()}
+                for what in ("file_name", "text"):
+                    if not found[what]:
+                        raise ValueError(f"no {what} in its columns {', '.join(row)}; needed is "
+                                         f"one of {', '.join(COLUMNS[what])}")
+                texts = found["text"][0]
+                if str(texts).startswith("["):         # a list in a cell: JSON's or Python's
+                    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                        texts = ast.literal_eval(texts)
+                texts = texts if isinstance(texts, list) and texts else [texts]
+                texts = [_text(text) for text in texts]
+                paths = [find(path) for path in (*filter(None, found["source"][:1]),
+                                                 found["file_name"][0])]
+                if paths[-1].startswith(sides):        # else it is of a split that is not read
+                    ids = [numbers.setdefault(path, len(numbers)) for path in paths]
+                    whole.rows += [(ids[-1], text, ids[0] if ids[1:] else -1) for text in texts]
+            except StopIteration:
+                break
+            except (ValueError, RecursionError, csv.Error) as error:
+                whole.skipped.append(f"{table} row {number}: {error}")
+
+
+def _part(whole: Folder, held: list[bool], side: bool, prefix: str) -> Folder:
+    """One side, with names relative to its folder.
+
+    An edit with either picture held out is held out; its other picture then stands on both sides,
+    and in the held-out folder behind those that are its own.
+    """
+    rows = [row for row in whole.rows if (held[row[0]] or (row[2] >= 0 and held[row[2]])) == side]
+    used = dict.fromkeys(i for image, _, source in rows for i in (image, source) if i >= 0)
+    used = sorted(used, key=lambda i: held[i] != side)                 # stable: its own first
+    index = {i: number for number, i in enumerate(used)}
+    rows = [(index[image], text, index.get(source, -1)) for image, text, source in rows]
+    names, root = [whole.images[i] for i in used], whole.root
+    if all(name.startswith(prefix) for name in names):                 # no edit across both sides
+        names, root = [name[len(prefix):] for name in names], root / prefix
+    return Folder(root, whole.layout, names, rows, own=sum(held[i] == side for i in used))
+
+
+def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
+    """Several folders as one: paths from their common parent, a picture in two of them once."""
+    whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
+    index = {}
+    for folder in folders:
+        prefix = Path(os.path.relpath(folder.root, whole.root)).as_posix()
+        ids = [index.setdefault(posixpath.normpath(posixpath.join(prefix, name)), len(index))
+               for name in folder.images]
+        whole.rows += [(ids[image], text, ids[source] if source >= 0 else -1)
+                       for image, text, source in folder.rows]
+    whole.images = list(index)
+    return whole
 
 
 def open_image(path: str, draft: int = 0) -> Image.Image:
-    """Any image file as RGB: first frame, EXIF rotation applied, transparency on white, 16 bit scaled to 8.
+    """Any picture as RGB: first frame, turned as EXIF says, transparency on white, 16 bit as 8.
 
-    draft > 0 lets the JPEG decoder skip detail down to that many pixels a side (three times faster at 500
-    px). Raises whatever Pillow raises: OSError, SyntaxError, DecompressionBombError, ...
+    draft > 0 lets the JPEG decoder skip detail down to that many pixels a side (three times faster
+    at 500 px). Raises whatever Pillow raises, and ValueError above LARGEST.
     """
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")                                # corrupt EXIF: ImageNet has many
+    with Image.open(path, formats=FORMATS) as image:
         if draft and image.format == "JPEG":
             image.draft("RGB", (draft, draft))
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"{image.width:,} x {image.height:,} pixels; {LARGEST:,} are the most")
         image.load()
-        with contextlib.suppress(Exception):                           # an unreadable rotation is no rotation
+        with contextlib.suppress(Exception):           # an unreadable rotation is no rotation
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                                 # .convert would clip 16 bit at 255
-            values = np.asarray(image).astype(np.int64)
-            deep = image.mode != "I" or values.max(initial=0) > 255     # "I" says nothing about the range
+        if image.mode.startswith("I"):                 # .convert would clip 16 bit at 255
+            values = np.asarray(image)
+            deep = image.mode != "I" or values.max(initial=0) > 255    # "I" does not say its range
             image = Image.fromarray((values // (256 if deep else 1)).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -327,13 +470,14 @@ def open_image(path: str, draft: int = 0) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A square of `size`: the centre, or with rng a random resized crop (half the area or more), flipped."""
+    """A square of `size`: the centre, or with rng a random crop of half of it or more, flipped."""
     width, height = image.size
     if rng is None:
         side = min(width, height)
         box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
     else:
-        area, ratio = width * height * rng.uniform(0.5, 1), math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        area = width * height * rng.uniform(0.5, 1)
+        ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
         w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
         box = (left, top, left + w, top + h)
@@ -343,39 +487,28 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
     return pixels[:, ::-1].copy() if rng is not None and rng.random() < 0.5 else pixels
 
 
-def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
-    """Several folders as one: paths relative to their common parent, a picture in two of them only once."""
-    whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
-    index = {}
-    for folder in folders:
-        prefix = os.path.relpath(folder.root, whole.root)
-        names = folder.images if prefix == "." else [os.path.join(prefix, name) for name in folder.images]
-        ids = [index.setdefault(name, len(index)) for name in names]
-        whole.rows += [(ids[image], text, ids[source] if source >= 0 else -1)
-                       for image, text, source in folder.rows]
-    whole.images = list(index)
-    return whole
-
-
 def user_image(name: str, size: int) -> np.ndarray:
-    """A picture that a person named, cropped to a square: uint8 (size, size, 3). Raises UserError."""
+    """A picture that a person named, cropped: uint8 (size, size, 3). Raises UserError."""
     if not Path(name).is_file():
-        raise UserError(f"{name}: no such file.")
+        raise UserError(f"{printable(name)}: no such file.")
     try:
-        with Image.open(name) as image:
+        with Image.open(name, formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
-                print(f"{name} is animated: its first frame is used")
-        return square(open_image(name), size)
+                print(f"{printable(name)} is animated: its first frame is used")
+        image = open_image(name)
     except Exception as error:                         # decoders raise nearly anything on rubbish
-        raise UserError(f"{name} cannot be read as an image ({_first_line(error)}).")
+        raise UserError(f"{printable(name)} cannot be read as an image ({_first_line(error)}).")
+    if image.width != image.height:
+        print(f"{printable(name)} is {image.width} x {image.height}: its middle is used, a square")
+    return square(image, size)
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Pictures of a folder as uint8 (3, size, size). A key is (index, seed); seed None means a centre crop.
+    """Pictures of a folder, uint8 (3, size, size). A key is (index, seed); seed None: centre crop.
 
-    A picture that cannot be read is replaced by the next one that can, so that the order of a run does not
-    depend on it; `collate` returns the names beside the batch, and Run.count_broken ends the run when they
-    are too many.
+    A picture that cannot be read is replaced by the next one that can, so that the order of a run
+    does not depend on it; `collate` returns the names beside the batch, and Run.count_broken ends
+    the run when they are too many.
     """
 
     def __init__(self, folder: Folder, size: int):
@@ -384,16 +517,16 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.folder.images)
 
-    def __getitem__(self, key: tuple[int, int | None]) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[torch.Tensor, list]:
         broken = []
-        for offset in range(min(len(self), 1000)):
+        for index in range(key[0], key[0] + min(len(self), 1000)):
             try:
-                pixels = self.read((index + offset) % len(self), seed)
+                pixels = self.read(index % len(self), key[1])
                 return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), broken
             except Exception as error:                 # decoders raise nearly anything on rubbish
-                broken.append(((index + offset) % len(self), f"{type(error).__name__}: {error}"))
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), broken
+                broken.append((index % len(self), _first_line(error)))
+        raise UserError(f"{len(broken)} pictures in a row cannot be read, from "
+                        f"{self.folder.images[key[0]]!r} ({broken[0][1]}) on.")
 
     def read(self, index: int, seed: int | None = None) -> np.ndarray:
         image = open_image(self.folder.path(index), draft=2 * self.size)
@@ -401,21 +534,39 @@ class Pictures(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(items):
-        return torch.stack([image for image, _ in items]), [pair for _, broken in items for pair in broken]
+        return torch.stack([image for image, _ in items]), sum((broken for _, broken in items), [])
 
 
 def batches(dataset, keys_of_step, start: int, stop: int, workers: int = 0, pin: bool = False):
-    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]) for s in start .. stop - 1."""
-    yield from torch.utils.data.DataLoader(
+    """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]) for s in start .. stop - 1.
+
+    Raises UserError where worker processes die, or bring nothing for PATIENCE seconds.
+    """
+    loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=(keys_of_step(step) for step in range(start, stop)),
         collate_fn=dataset.collate, num_workers=workers, pin_memory=pin,
-        prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_quiet_worker)
+        prefetch_factor=4 if workers else None, timeout=PATIENCE if workers else 0,
+        generator=torch.Generator(), worker_init_fn=_quiet_worker)
+    try:
+        yield from loader
+    except Exception as error:                         # torch wraps a worker's in its traceback
+        if not workers:
+            raise
+        raise worker_error(error)
+
+
+def worker_error(error: Exception) -> UserError:
+    why = printable(str(error).strip().splitlines()[-1])[:200]
+    return UserError(f"a process that loads data has failed ({why}). It may lack memory, room in "
+                     f"/dev/shm, or file handles: --workers 0 does without such processes.")
 
 
 def _quiet_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the run, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the run, which ends workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    # a batch that cannot be sent would be waited for: rather die, which is noticed at once
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 def to_float(images: torch.Tensor, device) -> torch.Tensor:
@@ -610,7 +761,7 @@ def _or_user_error(name, load, *args, **kwargs):
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0][:300])
 
 
 def _online(timeout: float = 2.0) -> bool:
@@ -685,7 +836,9 @@ def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarra
 @contextlib.contextmanager
 def atomic(path: Path):
     """Yields a temporary path beside `path`, moved there when the block ends well: never half a file."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))                # a link stays one
+    if path.exists() and not path.is_file():           # else /dev/null, as root, becomes a file
+        raise UserError(f"{path} is there, and is no file. Choose another --out.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1349,6 +1502,11 @@ def program(main):
             print(f"error: the GPU's memory is full ({_first_line(error)}). More --micro-batches, "
                   f"--checkpointing or a smaller --batch make it fit.", file=sys.stderr)
             return 2
+        except RuntimeError as error:                  # torch tells of a dead worker at any line
+            if "DataLoader worker" not in str(error):
+                raise
+            print(f"error: {worker_error(error)}", file=sys.stderr, flush=True)
+            return 2
         finally:
             with contextlib.suppress(ValueError, TypeError):
                 for number, handler in handlers:
@@ -1358,80 +1516,122 @@ def program(main):
     return wrapped
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7 Pictures for people
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc")
+WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """Images (..., 3, H, W) in [-1, 1] -> uint8 (..., H, W, 3)."""
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+    x = (x.detach().float().clamp(-1, 1) + 1) * 127.5
+    return x.round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
-    """Feature maps (B, h, w, c) as colours: the first three principal components of the first map."""
+    """Feature maps (B, h, w, c) as colours: the first three principal components of the first."""
     first = maps[0].detach().double().cpu().flatten(0, 2)
     mean = first.mean(0)
     _, _, axes = torch.linalg.svd(first - mean, full_matrices=False)
-    axes = F.pad(axes, (0, 0, 0, max(0, 3 - len(axes))))               # fewer than 3: other colours black
-    axes = axes[:3] * axes[:3].sum(1, keepdim=True).sign().where(
-        axes[:3].sum(1, keepdim=True) != 0, torch.ones(()))
-    low, high = torch.quantile((first - mean) @ axes.T, torch.tensor([0.02, 0.98], dtype=torch.double), dim=0)
+    axes = F.pad(axes, (0, 0, 0, max(0, 3 - len(axes))))[:3]           # fewer than 3: no blue
+    axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1, 1)    # the sign of an axis is free
+    low, high = torch.quantile((first - mean) @ axes.T,
+                               torch.tensor([0.02, 0.98], dtype=torch.double), dim=0)
     out = []
     for one in maps:
         colours = ((one.detach().double().cpu() - mean) @ axes.T - low) / (high - low + 1e-9)
-        pixels = (colours.clamp(0, 1) * 255).round().byte().repeat_interleave(max(1, size // one.shape[1]), 1)
-        out.append(pixels.repeat_interleave(max(1, size // one.shape[2]), 2).numpy())
+        pixels = (colours.clamp(0, 1) * 255).round().byte()
+        for side in (1, 2):
+            pixels = pixels.repeat_interleave(max(1, size // one.shape[side]), side)
+        out.append(pixels.numpy())
     return out
 
 
 def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
          heads: list[str] | None = None, gap: int = 4, least: int = 96) -> Image.Image:
-    """Rows of uint8 pictures on white, captions under them; small ones are enlarged to `least` pixels."""
-    font = ImageFont.load_default(11)
+    """Rows of uint8 pictures on white, captions under them; small ones are enlarged to `least`."""
     scale = max(1, -(-least // rows[0][0].shape[0]))
     width = max(picture.shape[1] for row in rows for picture in row) * scale
     height = max(picture.shape[0] for row in rows for picture in row) * scale
-    lines = ([[_wrap(text, font, width) for text in row] for row in captions]
-             if captions else [[[]]] * len(rows))
-    tails = [13 * max((len(cell) for cell in row), default=0) + (3 if captions else 0) for row in lines]
-    head = 16 if heads else 0
-    columns = max(map(len, rows))
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, sum(height + gap + t for t in tails) + gap + head), "white")
-    pen, y = ImageDraw.Draw(sheet), gap + head
+    cells = [[_wrap(text, width) for text in row] for row in captions or [[]] * len(rows)]
+    tails = [13 * max(map(len, row), default=0) + 3 * bool(captions) for row in cells]
+    y = gap + 16 * bool(heads)
+    sheet = Image.new("RGB", (max(map(len, rows)) * (width + gap) + gap,
+                              y + sum(height + gap + tail for tail in tails)), "white")
+    pen = ImageDraw.Draw(sheet)
     for i, text in enumerate(heads or []):
-        pen.text((gap + i * (width + gap), 2), text, "black", font)
-    for row, cells, tail in zip(rows, lines, tails):
+        pen.text((gap + i * (width + gap), 2), *_drawable(text))
+    for row, lines, tail in zip(rows, cells, tails):
         for i, picture in enumerate(row):
-            x = gap + i * (width + gap)
-            image = Image.fromarray(picture)
-            sheet.paste(image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST),
-                        (x, y))
-            for j, line in enumerate(cells[i] if i < len(cells) else []):
-                pen.text((x, y + height + 2 + 13 * j), line, "black", font)
+            x, image = gap + i * (width + gap), Image.fromarray(picture)
+            sheet.paste(image.resize((image.width * scale, image.height * scale),
+                                     Image.Resampling.NEAREST), (x, y))
+            for j, line in enumerate(lines[i] if i < len(lines) else []):
+                pen.text((x, y + height + 2 + 13 * j), *line)
         y += height + gap + tail
     return sheet
 
 
-def _wrap(text: str, font, width: int, most: int = 4) -> list[str]:
+def _wrap(text: str, width: int, most: int = 4) -> list[tuple]:
+    text, *ink = _drawable(" ".join(text.split())[:400])
     lines = [""]
-    for word in " ".join(text.split())[:400].split(" "):
+    for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if ink[1].getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
-    return lines[:most - 1] + [lines[most - 1] + " …"] if len(lines) > most else lines
+    if len(lines) > most:
+        lines = lines[:most - 1] + [lines[most - 1] + " ..."]
+    return [(line, *ink) for line in lines]
 
 
-def save_png(image: Image.Image, path: Path, settings: dict | None = None):
-    """Writes a PNG in one move, with settings as text chunks (Image.open(path).text reads them)."""
-    info = PngImagePlugin.PngInfo()
+@functools.cache
+def _fonts() -> list:
+    """Those of FONTS that this system has, each with its picture of a letter that it lacks."""
+    fonts = []
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 11))
+    return [(font, bytes(font.getmask("\uffff"))) for font in fonts or [ImageFont.load_default(11)]]
+
+
+def _drawable(text: str) -> tuple[str, str, ImageFont.ImageFont]:
+    """What a pen draws: text, colour, and the font that has most of its letters. What even that
+    lacks loses its accents, or becomes a question mark."""
+    lacking = [{c for c in set(text) - {" "} if bytes(font.getmask(c)) == missing}
+               for font, missing in _fonts()]
+    best = min(range(len(lacking)), key=lambda i: len(lacking[i]))
+    plain = {c: unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?"
+             for c in lacking[best]}
+    return "".join(plain.get(c, c) for c in text), "black", _fonts()[best][0]
+
+
+def check_picture_path(path: Path) -> str:
+    """The format for a picture to be written there, by its suffix. Raises UserError."""
+    path = Path(path)
+    if path.suffix.lower() not in WRITTEN:
+        raise UserError(f"{printable(str(path))}: pictures are written as {', '.join(WRITTEN)}.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{printable(str(path))} is there, and is no file.")
+    return WRITTEN[path.suffix.lower()]
+
+
+def save_picture(image: Image.Image, path: Path, settings: dict | None = None):
+    """Writes a picture in one move, with settings as text chunks of a PNG (Image.open(path).text),
+    else as JSON in EXIF's ImageDescription. Raises UserError."""
+    kind, info, exif = check_picture_path(path), PngImagePlugin.PngInfo(), Image.Exif()
     for name, value in (settings or {}).items():
         info.add_itxt(name, unicode(str(value)))
+    exif[0x010E] = json.dumps(settings or {}, default=str)[:60_000]    # JPEG has room for 64 KB
+    extra = {"pnginfo": info} if kind == "PNG" else {"exif": exif, "quality": 95}
     with atomic(path) as partial:
-        image.save(partial, "PNG", pnginfo=info)
+        image.save(partial, kind, **extra)
+
+
+save_png = save_picture
 
 
 @dataclass(frozen=True)
@@ -1440,50 +1640,57 @@ class Config:
     out: str = "out"                # where the contact sheet goes
     count: int = 50_000             # pictures of the built-in world, if it has to be drawn
     image_size: int = 256           # size for which the reading speed is measured
+    max_broken: float = 0.01        # largest fraction of unreadable pictures or rows in training
 
     def __post_init__(self):
-        check(self, count=(1, 1e8), image_size=(16, 4096))
+        check(self, count=(1, 1e8), image_size=(16, 4096), max_broken=(0, 1))
 
 
 @program
 def main(argv: list[str] | None = None):
     cfg = Config(**read_flags(Config, argv, __doc__))
     begin = time.monotonic()
-    train, held_out = read_folder(cfg.data, max_broken=1.0, out=cfg.out, count=cfg.count)
+    train, held_out = read_folder(cfg.data, None, cfg.out, cfg.count)
     print(f"{train.root}: layout {train.layout}, read in {time.monotonic() - begin:.1f} s")
     for name, part in (("training", train), ("held out", held_out)):
         edits = sum(row[2] >= 0 for row in part.rows)
-        print(f"  {name:9s} {part.own or len(part.images):8,} pictures, "
-              f"{len(part.rows) - edits:8,} captions, {edits:8,} edits")
+        print(f"  {name:9s} {part.own:8,} pictures, {len(part.rows) - edits:8,} captions, "
+              f"{edits:8,} edits")
     texts = [row[1] for row in train.rows]
-    print(f"  captions: {len(set(texts)):,} distinct, {sum(map(len, texts)) / max(1, len(texts)):.0f} "
-          f"characters on average, the longest {max(map(len, texts), default=0):,}")
-    parts = [train] if held_out is train else [held_out, train]
-    pictures, broken = Pictures(train, cfg.image_size), [line for part in parts for line in part.skipped]
-    begin, sizes = time.monotonic(), []
-    for number, (part, index) in enumerate(
-            (part, index) for part in parts for index in range(len(part.images))):
+    lengths = [len(text) for text in texts] or [0]
+    print(f"  captions: {len(set(texts)):,} distinct, {sum(lengths) / len(lengths):.0f} characters "
+          f"on average, the longest {max(lengths):,}")
+    begin, broken, sizes = time.monotonic(), [], []
+    parts = [held_out, train][held_out is train:]
+    every = [(part, index) for part in parts for index in range(len(part.images))]
+    for part, index in every:
         try:
             Pictures(part, cfg.image_size).read(index)
-            with Image.open(part.path(index)) as image:
+            with Image.open(part.path(index), formats=FORMATS) as image:
                 sizes.append(image.size)
-        except Exception as error:
+        except Exception as error:                     # decoders raise nearly anything on rubbish
             broken.append(f"{part.images[index]!r}: {_first_line(error)}")
         if time.monotonic() - begin > 30:
-            print(f"  (the first {number + 1:,} pictures were opened; the rest was left after 30 s)")
+            print(f"  (only the first {len(sizes) + len(broken):,} pictures were opened, in 30 s)")
             break
     if sizes:
-        print(f"  sizes: {min(sizes)} to {max(sizes)}; {len(sizes) / (time.monotonic() - begin):.0f} "
-              f"pictures a second and process at {cfg.image_size} px")
-    print(f"  broken or skipped: {len(broken)}" + "".join(f"\n    {line}" for line in broken))
-    chosen = [train.rows[i] for i in order(0, "sheet", len(train.rows), min(24, len(train.rows)), 0)]
-    cells = [(np.asarray(Image.fromarray(
-                  pictures[(image, None)][0].permute(1, 2, 0).numpy()).resize((128, 128))), text)
-             for image, text, _ in chosen]
-    rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
-    save_png(grid([[c[0] for c in row] for row in rows], [[c[1] for c in row] for row in rows]),
-             Path(cfg.out) / "data.png")
-    print(f"  contact sheet: {Path(cfg.out) / 'data.png'}")
+        speed = len(sizes) / (time.monotonic() - begin)
+        print(f"  sizes: {min(sizes)} to {max(sizes)}; {speed:.0f} pictures a second and process at "
+              f"{cfg.image_size} px")
+    say(f"  broken or skipped: {len(train.skipped + broken)}")
+    for line in train.skipped + broken:
+        say(f"    {line}")
+    cells = []
+    for number in order(0, "sheet", len(texts), min(100, len(texts)), 0) if texts else ():
+        image, text, _ = train.rows[number]
+        with contextlib.suppress(Exception):           # broken, and named above
+            cells.append((Pictures(train, 128).read(image), text))
+    rows = [list(zip(*cells[i:i + 6])) for i in range(0, min(24, len(cells)), 6)]
+    if rows:
+        save_png(grid(*map(list, zip(*rows))), Path(cfg.out) / "data.png")
+        print(f"  contact sheet: {Path(cfg.out) / 'data.png'}")
+    accept(cfg.data, train, held_out, cfg.max_broken)  # what training will say
+    tolerate(broken, len(every), cfg.max_broken, "pictures")
 
 
 if __name__ == "__main__":

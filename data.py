@@ -154,9 +154,9 @@ def accept(name: str, train: Folder, held_out: Folder, max_broken: float):
                         f"({', '.join(sorted(SUFFIXES))}).")
 
 
-def tolerate(broken: list[str], total: int, max_broken: float, what: str):
-    """Raises UserError when more than max_broken of `total` is broken; one alone stops nobody."""
-    if len(broken) > (max_broken and max(1, max_broken * total)):
+def tolerate(broken: list[str], total: int, max_broken: float, what: str, least: int = 1):
+    """Raises UserError when more than max_broken of `total` is broken; `least` stop nobody."""
+    if len(broken) > (max_broken and max(least, max_broken * total)):
         raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken "
                         f"{max_broken} allows. The first: {printable('; '.join(broken[:3]))}. "
                         f"`python data.py --data …` lists them all.")

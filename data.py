@@ -136,6 +136,8 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
     if train.images and not held_out.images:
         say(f"{top}: too few pictures to hold any out; what is called held out are training ones")
         held_out = train
+    elif not sides[1:] and held_out.own < 8:           # they may all be broken: some to stand in
+        held_out.images += train.images[:8]
     if whole.skipped:
         say(f"{top}: {len(whole.skipped)} rows are left out (`python data.py --data …` lists them "
             f"all): {'; '.join(whole.skipped[:3])}")
@@ -1662,7 +1664,7 @@ def main(argv: list[str] | None = None):
           f"on average, the longest {max(lengths):,}")
     begin, broken, sizes = time.monotonic(), [], []
     parts = [held_out, train][held_out is train:]
-    every = [(part, index) for part in parts for index in range(len(part.images))]
+    every = [(part, index) for part in parts for index in range(part.own)]
     for part, index in every:
         try:
             Pictures(part, cfg.image_size).read(index)

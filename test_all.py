@@ -50,7 +50,7 @@ from notes.claims import guide_vs_paper, lab, off_manifold, schedule
 from notes.tiny import pretrain_tiny, ship
 from notes.world import editbench, emoji, geneval, judge, swaps
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 HERE = Path(data.__file__).parent
 STAGES = {"svae": svae, "psvae": psvae}
 
@@ -2593,6 +2593,304 @@ def test_dit_py_never_opens_a_picture():
              if isinstance(node, ast.Attribute)}
     assert not names & {"Pictures", "read_folder", "open_image", "user_image", "load_image_encoder",
                         "pictures"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The wiring: what lies between two checkpoints, computed again from the files on disk
+# --------------------------------------------------------------------------------------------------
+
+# A world of 32 px: its pictures are taken as they are.
+# Ten steps of diffusion: a t that is off by one shows.
+WIRED = {stage: f"--batch 16 --warmup 3 --workers 0 --device cpu {flags}".split()
+         for stage, flags in {
+             "svae": "--preset tiny --image-size 32 --z-dim 8 --count 120 --beta 0.01",
+             "psvae": "--widths 8,8,8,8 --latents both --encoder-lr-scale 0.3 --alpha 0.7 "
+                      "--gamma 1.5 --beta 0.01 --beta-warmup 1 --permute-colours 0.5",
+             "dit": "--width 32 --depth 2 --heads 2 --max-tokens 24 -T 10 --beta-start 0.01 "
+                    "--beta-end 0.6 --edit-fraction 0.5 --drop-text 0.5 --drop-both 0.5 "
+                    "--ema 0.5"}.items()}
+STEPS = {"svae": (2, 4), "psvae": (2, 4), "dit": (6, 10)}
+
+
+@pytest.fixture(scope="module")
+def wired(tmp_path_factory, encoders):
+    """Folders after the first and the second of STEPS; all (t, source) that the DiT has seen."""
+    before, after = (tmp_path_factory.mktemp(name) for name in ("before", "after"))
+    from notes.world import world
+    world.write(after / "world", count=120, size=32)
+    seen, forward = [], dit.DiT.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dit.DiT, "forward", lambda model, z_t, t, c, mask, source=None:
+                      seen.append((t, source)) or forward(model, z_t, t, c, mask, source))
+        for stage, encoder in (("svae", ["--encoder", encoders[0]]), ("psvae", []),
+                               ("dit", ["--text-encoder", encoders[1]])):
+            main, (first, last) = globals()[stage].main, map(str, STEPS[stage])
+            assert main([*WIRED[stage], *encoder, "--steps", first, "--out", str(after)]) == 0
+            shutil.copy(after / f"{stage}.pt", before)
+            assert main(["--steps", last, "--out", str(after)]) == 0
+    return SimpleNamespace(before=before, after=after, seen=seen)
+
+
+def pictures_of(folder):
+    """All of a world's folder, read without data.py: (N, 3, H, W) in [-1, 1]."""
+    x = np.stack([np.asarray(Image.open(folder.path(i))) for i in range(len(folder.images))])
+    return torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def steps_by_hand(model, checkpoint, names, last, loss):
+    """Takes the further steps of AdamW in float64: the model has their weights at each yield."""
+    cfg, weights = checkpoint["config"], dict(model.named_parameters())
+    weights, moments = [weights[name] for name in names], checkpoint["optimizer"]["state"]
+    k, m, v = ([moments[i][key].double() for i in range(len(names))]
+               for key in ("step", "exp_avg", "exp_avg_sq"))
+    w = [weight.detach().double() for weight in weights]
+    for step in range(checkpoint["step"], last):
+        gradients = torch.autograd.grad(loss(step), weights, allow_unused=True)
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
+        if step < cfg["warmup"]:
+            rate = cfg["learning_rate"] * (step + 1) / cfg["warmup"]
+        else:
+            turn = math.pi * (step - cfg["warmup"]) / (last - cfg["warmup"])
+            rate = cfg["learning_rate"] * (0.01 + 0.99 * (1 + math.cos(turn)) / 2)
+        for i, g in enumerate(gradients):
+            if g is None:                       # the type of source tokens, where there are none
+                continue
+            g = g.double() * min(1, cfg["clip"] / norm)
+            own = rate * (cfg["encoder_lr_scale"] if names[i].startswith("encoder.") else 1)
+            k[i], m[i], v[i] = k[i] + 1, 0.9 * m[i] + 0.1 * g, 0.99 * v[i] + 0.01 * g ** 2
+            m_hat, v_hat = m[i] / (1 - 0.9 ** k[i]), v[i] / (1 - 0.99 ** k[i])
+            w[i] = w[i] - own * (cfg["weight_decay"] * w[i] + m_hat / (v_hat.sqrt() + 1e-8))
+            weights[i].data.copy_(w[i])
+        yield step
+
+
+def moved_alike(hand, found, before, tolerance):
+    """Part by part: what differs is small against how far the weights have moved."""
+    for part in {name.split(".")[0] for name in hand}:
+        names = [name for name in hand if name.split(".")[0] == part]
+        apart, moved = (torch.cat([(found[name].double() - other[name].double()).flatten()
+                                   for name in names]).norm() for other in (hand, before))
+        assert moved > 0 and apart < tolerance * moved, f"{part}: {apart / moved:.1e} of the way"
+
+
+def noise(stage, step, what):
+    return torch.randn(16, 2, 2, 8, generator=data.generator(0, stage, step, what))
+
+
+def kl_by_hand(mu, log_var):
+    return (mu ** 2 + log_var.exp() - log_var - 1).sum(-1).mean() / 2
+
+
+def test_eq_4_stage_1_trains_projector_and_decoder_on_features_of_the_frozen_encoder(
+        wired, encoders):
+    before, after = state(wired.before / "svae.pt"), state(wired.after / "svae.pt")
+    model, encoder = svae.SVAE(48, 8), data.load_image_encoder(encoders[0])
+    model.load_state_dict(before["model"])
+    x = pictures_of(data.read_folder("", out=str(wired.after))[0])
+
+    def loss(step):
+        with torch.no_grad():
+            f = encoder(x[data.order(0, "svae", len(x), 16, step)])
+        f_hat, mu, log_var = model(f, noise("svae", step, "eps"))
+        return (f_hat - f).square().mean() + 0.01 * kl_by_hand(mu, log_var)
+    weights = dict(model.named_parameters())
+    assert [*steps_by_hand(model, before, list(weights), 4, loss)] == [2, 3]
+    moved_alike(weights, after["model"], before["model"], 1e-3)
+
+
+def test_eq_12_eq_13_eq_16_stage_2_trains_the_encoder_at_its_own_rate_against_the_frozen_one(
+        wired, encoders):
+    before, after = state(wired.before / "psvae.pt"), state(wired.after / "psvae.pt")
+    model, _ = psvae.load_psvae(wired.before / "psvae.pt")
+    frozen = data.load_image_encoder(encoders[0])
+    model.requires_grad_(True)
+    pictures = pictures_of(data.read_folder("", out=str(wired.after))[0])
+
+    def loss(step):
+        who, how = (torch.rand(16, *shape, generator=data.generator(0, "psvae", step, what))
+                    for what, shape in (("who", ()), ("how", (3,))))
+        x = pictures[data.order(0, "psvae", len(pictures), 16, step)]
+        x = torch.stack([picture[order] if share < 0.5 else picture
+                         for picture, share, order in zip(x, who, how.argsort(1))])
+        with torch.no_grad():
+            f_target = frozen(x)
+        x_hat, f_hat, mu, log_var = model(x, noise("psvae", step, "eps"))
+        return (0.7 * (f_hat - f_target).square().mean()
+                + 1.5 * ((x_hat - x).abs() + (x_hat - x).square()).mean() / 2
+                + 0.01 * (step + 1) / 4 * kl_by_hand(mu, log_var))
+    weights = {name: w for name, w in model.named_parameters() if "mask_token" not in name}
+    names = sorted(weights, key=lambda name: name.startswith("encoder."))   # as in the optimizer
+    assert [*steps_by_hand(model, before, names, 4, loss)] == [2, 3]
+    moved_alike(weights, after["model"], before["model"], 1e-3)
+
+
+def normalised_by_hand(out):
+    """mu and log_var of all pictures, training first; mean and variance of z by channel; float64."""
+    model, folders = psvae.load_psvae(out / "psvae.pt")[0], data.read_folder("", out=str(out))
+    with torch.no_grad():
+        posterior = model.encode(torch.cat([pictures_of(folder) for folder in folders]))
+    mu, log_var = (part.half().double() for part in posterior)              # as they are stored
+    m, v = (part[:len(folders[0].images)].flatten(0, 2) for part in (mu, log_var.exp()))
+    return mu, log_var, m.mean(0), m.var(0, correction=0) + v.mean(0)
+
+
+def alpha_bar_by_hand(cfg):
+    beta = np.linspace(cfg["beta_start"] ** 0.5, cfg["beta_end"] ** 0.5, cfg["T"]) ** 2
+    return torch.tensor([math.prod(1 - beta[:t]) for t in range(cfg["T"] + 1)])
+
+
+def test_eq_20_eq_32_stage_3_gets_its_latents_texts_sources_and_times_and_averages_its_weights(
+        wired, encoders):
+    before, after = state(wired.before / "dit.pt"), state(wired.after / "dit.pt")
+    model, checkpoint = dit.load_dit(wired.before / "dit.pt")
+    model.load_state_dict(before["model"])
+    model.requires_grad_(True)
+    mu, log_var, mean, variance = normalised_by_hand(wired.after)
+    lines = (wired.after / "latents/rows.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if not row.get("held_out")]
+    pools = [r for r in rows if "source" not in r], [r for r in rows if "source" in r]
+    encoder, alpha_bar = (data.load_text_encoder(encoders[1], 24),
+                          alpha_bar_by_hand(checkpoint["config"]))
+    kinds = set()
+
+    def loss(step):
+        edit = step % 2
+        chosen = data.order(0, ("dit caption", "dit edit")[edit], len(pools[edit]), 16, step // 2)
+        chosen, g = [pools[edit][i] for i in chosen], data.generator(0, "dit", step, "drop")
+        both = bool(edit) and torch.rand((), generator=g).item() < 0.5
+        drop = torch.rand(16, generator=g) < 0.5
+        c, mask = encoder(["" if both or no else row["text"] for row, no in zip(chosen, drop)])
+        image, source = [row["image"] for row in chosen], None
+        if edit and not both:
+            source = (mu[[row["source"] for row in chosen]] - mean) / variance.sqrt()
+            source = source.float()
+        kinds.add((edit, both))
+        z_0 = mu[image] + (log_var[image] / 2).exp() * noise("dit", step, "z_0")
+        z_0 = (z_0 - mean) / variance.sqrt()
+        t = torch.randint(1, 11, (16,), generator=data.generator(0, "dit", step, "t"))
+        ab, eps = alpha_bar[t].view(16, 1, 1, 1), noise("dit", step, "eps")
+        z_t = (ab.sqrt() * z_0 + (1 - ab).sqrt() * eps).float()
+        v = ab.sqrt() * eps - (1 - ab).sqrt() * z_0                 # what the tiny one predicts
+        return (v - model(z_t, t, c.half().float(), mask, source)).square().mean()
+    weights = dict(model.named_parameters())
+    ema = {name: before["ema"][name].double() for name in weights}
+    for step in steps_by_hand(model, before, list(weights), 10, loss):
+        decay = min(0.5, (1 + step) / (10 + step))
+        ema = {name: decay * ema[name] + (1 - decay) * weights[name].double() for name in ema}
+    assert kinds == {(0, False), (1, False), (1, True)}
+    same(torch.tensor(after["mean"]), mean, 1e-3)
+    same(torch.tensor(after["variance"]), variance, 1e-3)
+    moved_alike(weights, after["model"], before["model"], 1e-2)
+    moved_alike(ema, after["ema"], before["ema"], 1e-2)
+
+
+def test_eq_32_t_is_1_to_T_and_a_source_normalised_wherever_the_network_sees_them(wired):
+    mu, _, mean, variance = normalised_by_hand(wired.after)
+    assert {t for times, _ in wired.seen for t in times.tolist()} == set(range(1, 11))
+    sources = [source for _, source in wired.seen if source is not None]
+    sources = torch.cat(sources).flatten(1).double()
+    distance = torch.cdist(sources, ((mu - mean) / variance.sqrt()).flatten(1)).min(1)[0]
+    assert len(sources) > 32 and distance.max() < 0.01 * sources.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("given", ["", "--data"])
+@pytest.mark.parametrize("stage", ["svae", "psvae"])
+def test_a_folder_is_flipped_and_cropped_and_the_built_in_world_never(stage, given, wired, encoders,
+                                                                     tmp_path, monkeypatch):
+    """Left of and right of mean something there."""
+    seen, tokens, world = [], data.ImageEncoder.tokens, str(wired.after / "world")
+    shutil.copytree(world, tmp_path / "world")
+    monkeypatch.setattr(data.ImageEncoder, "tokens",
+                        lambda encoder, x: seen.append(x) or tokens(encoder, x))
+    monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
+    argv = [*WIRED["svae"], "--encoder", encoders[0], "--steps", "1", "--out", str(tmp_path)]
+    argv += ["--permute-colours", "0", "--widths", "8,8,8,8"] if stage == "psvae" else []
+    assert globals()[stage].main([*argv, *([given, world] if given else [])]) == 0
+    whole = {x.numpy().tobytes() for part in data.read_folder(world) for x in pictures_of(part)}
+    batches = [[x.numpy().tobytes() in whole for x in batch] for batch in seen if len(batch) == 16]
+    assert batches and all(all(batch) != bool(given) for batch in batches)
+
+
+def test_two_processes_take_the_steps_of_one(wired, tmp_path):
+    """In every stage: each process has its half of a batch, and they average the gradients."""
+    lines = [f"import sys; sys.path.insert(0, {str(HERE)!r})", "import svae, psvae, dit"]
+    for stage, (_, last) in STEPS.items():
+        out = shutil.copytree(wired.after, tmp_path / stage)
+        shutil.copy(wired.before / f"{stage}.pt", out)
+        lines.append(f"assert {stage}.main(['--steps', '{last}', '--out', {str(out)!r}]) == 0")
+    (tmp_path / "run.py").write_text("\n".join(lines))
+    process = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
+                    29000 + os.getpid() % 2000, tmp_path / "run.py")
+    said = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, said
+    for stage in STEPS:
+        one, two, before = (state(folder / f"{stage}.pt")
+                            for folder in (wired.after, tmp_path / stage, wired.before))
+        for key in {"model", "ema"} & one.keys():
+            moving = {name: w for name, w in two[key].items()
+                      if not name.startswith("text_") and "mask_token" not in name}
+            moved_alike(moving, one[key], before[key], 1e-2)
+
+
+@pytest.fixture(scope="module")
+def painter(wired, tmp_path_factory):
+    """A folder of a model in which every weight and statistic matters: they are random."""
+    out, g = tmp_path_factory.mktemp("painter"), torch.Generator().manual_seed(0)
+    model, _ = dit.load_dit(wired.after / "dit.pt")
+    checkpoint = state(wired.after / "dit.pt")
+    for name, w in model.named_parameters():
+        checkpoint["ema"][name] = torch.randn(w.shape, generator=g) * 0.2
+    checkpoint["mean"], checkpoint["variance"] = np.linspace(-2, 2, 8).tolist(), [0.1, 4.0] * 4
+    torch.save(checkpoint, out / "dit.pt")
+    shutil.copy(wired.after / "psvae.pt", out)
+    return out
+
+
+@pytest.mark.parametrize("s, s_image, eta", [(3.0, 0, 0.7), (1.0, 0, 0.0), (0.0, 0, 0.0),
+                                             (3.0, 1.5, 0.7), (2.0, 1.0, 0.0), (1.5, 1.5, 0.0)])
+def test_eq_33_eq_34_a_picture_by_hand_from_the_checkpoints(
+        s, s_image, eta, painter, wired, encoders, tmp_path, monkeypatch):
+    drawn, latents, call, decode = [], [], sample.Pipeline.__call__, psvae.PSVAE.decode
+    monkeypatch.setattr(sample.Pipeline, "__call__",
+                        lambda *args, **kw: drawn.append(call(*args, **kw)) or drawn[-1])
+    monkeypatch.setattr(psvae.PSVAE, "decode",
+                        lambda model, z: latents.append(z) or decode(model, z))
+    prompts = ["make it red", "two green stars"]
+    folder, _ = data.read_folder("", out=str(wired.after))
+    argv = ["--prompt", *prompts, "-n", 1, "--steps", 4, "--seed", 5, "--guidance", s, "--eta", eta,
+            "--model", painter, "--out", tmp_path / "x.png", "--device", "cpu"]
+    argv += ["--image", folder.path(3), "--image-guidance", s_image] if s_image else []
+    assert sample.main([str(word) for word in argv]) == 0
+
+    model, checkpoint = dit.load_dit(painter / "dit.pt")
+    autoencoder, encoder = (psvae.load_psvae(painter / "psvae.pt")[0],
+                            data.load_text_encoder(encoders[1], 24))
+    mean, deviation = torch.linspace(-2, 2, 8), torch.tensor([0.1, 4.0] * 4).double().sqrt()
+    alpha_bar, null, source = alpha_bar_by_hand(checkpoint["config"]), encoder([""]), None
+    if s_image:
+        source = (autoencoder.encode(pictures_of(folder)[3:4])[0] - mean) / deviation.float()
+
+    def eps_at(z, t, text, source=None):
+        v, ab = model(z.float(), torch.tensor([t]), *text, source), alpha_bar[t]
+        return (1 - ab).sqrt() * z + ab.sqrt() * v
+    for i, prompt in enumerate(prompts):
+        g = data.generator(5 * 1_000_003, "sample", 0, "z_T")
+        z, text = torch.randn(1, 2, 2, 8, generator=g).double(), encoder([prompt])
+        for t, t_next in ((10, 8), (8, 5), (5, 2), (2, 0)):
+            if source is None:
+                eps = (1 - s) * eps_at(z, t, null) + s * eps_at(z, t, text)
+            else:
+                eps = ((1 - s_image) * eps_at(z, t, null) + s * eps_at(z, t, text, source)
+                       + (s_image - s) * eps_at(z, t, null, source))
+            ab, ab_next = alpha_bar[t], alpha_bar[t_next]
+            sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
+            z_0 = (z - (1 - ab).sqrt() * eps) / ab.sqrt()
+            z = ab_next.sqrt() * z_0 + (1 - ab_next - sigma ** 2).clamp(min=0).sqrt() * eps
+            z = z + sigma * torch.randn(1, 2, 2, 8, generator=g) if eta else z
+        z = z * deviation + mean
+        same(latents[0][i], z[0], 1e-3)
+        x = autoencoder.decode(z.float())[0].permute(1, 2, 0).clamp(-1, 1).detach().numpy()
+        assert np.abs(drawn[0][i] - (x + 1) * 127.5).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2605,7 +2605,8 @@ WIRED = {stage: f"--batch 16 --warmup 3 --workers 0 --device cpu {flags}".split(
          for stage, flags in {
              "svae": "--preset tiny --image-size 32 --z-dim 8 --count 120 --beta 0.01",
              "psvae": "--widths 8,8,8,8 --latents both --encoder-lr-scale 0.3 --alpha 0.7 "
-                      "--gamma 1.5 --beta 0.01 --beta-warmup 1 --permute-colours 0.5 --permute-steps 3",
+                      "--gamma 1.5 --beta 0.01 "
+                      "--beta-warmup 1 --permute-colours 0.5 --permute-steps 3",
              "dit": "--width 32 --depth 2 --heads 2 --max-tokens 24 -T 10 --beta-start 0.01 "
                     "--beta-end 0.6 --edit-fraction 0.5 --drop-text 0.5 --drop-both 0.5 "
                     "--ema 0.5"}.items()}
@@ -2725,7 +2726,7 @@ def test_eq_12_eq_13_eq_16_stage_2_trains_the_encoder_at_its_own_rate_against_th
 
 
 def normalised_by_hand(out):
-    """mu and log_var of all pictures, training first; mean and variance of z by channel; float64."""
+    """mu, log_var of all pictures, training first; mean, variance of z by channel; float64."""
     model, folders = psvae.load_psvae(out / "psvae.pt")[0], data.read_folder("", out=str(out))
     with torch.no_grad():
         posterior = model.encode(torch.cat([pictures_of(folder) for folder in folders]))

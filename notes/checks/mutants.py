@@ -2,6 +2,8 @@
 
     python notes/checks/mutants.py [--only psvae.py] [--equation 11]
         ten minutes on one core; exit code 1 if a survivor is unexplained
+    python notes/checks/mutants.py --faults [--only psvae.py]
+        the faults of FAULTS instead, in the wiring of the loops: five minutes
 
 In each function that carries an `# Eq. n` comment: every sign and operator flipped, every term dropped, every
 number changed, every reduction and elementary function exchanged, every keyword argument left out. The
@@ -16,7 +18,9 @@ import copy
 import io
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -49,6 +53,56 @@ EXPLAINED = {
     ("dit", "timestep_embedding", "torch.arange(d // 2, device=t.device, "
                                   "dtype=torch.float32)  ->  without dtype"):
         "the division by d makes it float32",
+}
+
+# What is wrong: (file, what stands there, what to put there, tests of which one goes red). One fault
+# of a kind in each place where it can be.
+FAULTS = {
+    "target from the encoder in training":
+        ("psvae.py", r"f_target = .*x_part\)", "f_target = model.encoder(x_part).detach()", "stage_2_trains"),
+    "held-out target from the encoder in training":
+        ("psvae.py", r"(psvae_loss\(x_hat, x_part, f_hat, )\w+\((frozen_encoder, )?x_part\)",
+         r"\1model.encoder(x_part)", "eq_13_the_held_out"),
+    "the frozen encoder is trained too":
+        ("svae.py", r"AdamW\(model.parameters\(\)", "AdamW([*model.parameters(), *encoder.requires_grad_()."
+         "parameters()]", "stage_1_trains"),
+    "t from 0 to T - 1": ("dit.py", r'"t", 1, cfg.T \+ 1', '"t", 0, cfg.T', "stage_3_gets"),
+    "held-out t from 0": ("dit.py", r"low, high = 1 \+", "low, high = 0 +", "t_is_1_to_T"),
+    "gradients not averaged":
+        ("data.py", r"(def average\(.*\n.*\n)        if self.world > 1", r"\1        if False",
+         "two_processes_take"),
+    "encoder_lr_scale not in the optimizer":
+        ("psvae.py", r'"scale": cfg.encoder_lr_scale', '"scale": 1.0', "stage_2_trains"),
+    "encoder_lr_scale not in the rate":
+        ("psvae.py", r'rate \* group\["scale"\]', "rate", "stage_2_trains"),
+    "the world flipped and cropped in stage 1":
+        ("svae.py", r"augment=bool\(cfg.data\)", "augment=True", "stage_1_trains or the_built_in_world_never"),
+    "the world flipped and cropped in stage 2":
+        ("psvae.py", r"augment=bool\(cfg.data\)", "augment=True", "stage_2_trains or the_built_in_world_never"),
+    "text never chosen to be dropped":
+        ("dit.py", r"drop_both or bool\(drop\)", "False", "stage_3_gets"),
+    "text chosen to be dropped, and kept":
+        ("dit.py", r"self.texts.null if drop_text else ", "", "stage_3_gets"),
+    "source not normalised in training":
+        ("dit.py", r"source if source is None else normalise\(source, mean, variance\)(?!\))", "source",
+         "stage_3_gets"),
+    "held-out source not normalised":
+        ("dit.py", r"source if source is None else normalise\(source, mean, variance\)(?=\))", "source",
+         "t_is_1_to_T"),
+    "source not normalised in sampling":
+        ("sample.py", r"normalise\((self.psvae.encode\(x\)\[0\]), self.mean, self.variance\)", r"\1",
+         "a_picture_by_hand"),
+    "latents not un-normalised before decoding":
+        ("sample.py", r"z_0 \* self.variance.sqrt\(\) \+ self.mean", "z_0", "a_picture_by_hand"),
+    "text and null exchanged in the batch":
+        ("sample.py", r'\[\*prompts, \*\[""\] \* len\(prompts\)\]', '[*[""] * len(prompts), *prompts]',
+         "a_picture_by_hand"),
+    "text and null exchanged in the result":
+        ("sample.py", r"eps_c, eps_null = ", "eps_null, eps_c = ", "a_picture_by_hand"),
+    "text and null exchanged in an edit":
+        ("sample.py", r"eps_sc, eps_s0 = ", "eps_s0, eps_sc = ", "a_picture_by_hand"),
+    "averaged weights never move":
+        ("dit.py", r"torch._foreach_lerp_\(.*\n?.*1 - decay\)", "pass", "stage_3_gets"),
 }
 
 
@@ -150,24 +204,76 @@ def is_killed(module, tree: ast.Module, numbers: list[int], seconds: int = 120) 
     return True
 
 
+def faults(only: str):
+    """Puts each fault into a copy of the tree and runs its tests there; True if all went red."""
+    survivors, begin = [], time.monotonic()
+    with tempfile.TemporaryDirectory() as top:
+        for number, (what, (name, old, new, tests)) in enumerate(FAULTS.items()):
+            if only and only != name:
+                continue
+            tree = Path(top) / str(number)
+            shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "out"))
+            text, count = re.subn(old, new, (tree / name).read_text(encoding="utf-8"))
+            (tree / name).write_text(text, encoding="utf-8")
+            said = in_a_fork(tree, tests) if count == 1 else [f"{count} places for {old}"]
+            if count != 1 or not said:
+                survivors.append(what)
+            print(f"{'red' if said and count == 1 else 'SURVIVED'}  {name}: {what}: "
+                  f"{', '.join(said)}  ({time.monotonic() - begin:.0f} s)", flush=True)
+    print(f"{len(survivors)} survived")
+    return not survivors
+
+
+def in_a_fork(tree: Path, tests: str) -> list[str]:
+    """The names of the tests that fail in another copy of the tree."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            os.chdir(tree)
+            sys.path[:] = [str(tree), *(path for path in sys.path if path != str(HERE))]
+            red = []
+
+            class Watch:
+                def pytest_runtest_logreport(self, report):
+                    if report.failed:
+                        red.append(report.nodeid.split("::")[-1])
+            pytest_main(["-x", "-q", "-p", "no:cacheprovider", "-k", tests, "test_all.py"], [Watch()])
+            os.write(write, "\n".join(red).encode())
+        os._exit(0)
+    os.close(write)
+    said = b""
+    while part := os.read(read, 65536):
+        said += part
+    os.close(read)
+    os.waitpid(child, 0)
+    return said.decode().split()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one file, such as psvae.py")
     parser.add_argument("--equation", type=int, help="one equation")
+    parser.add_argument("--faults", action="store_true", help="the faults in the wiring instead")
     args = parser.parse_args()
     os.chdir(HERE)
     import torch
     torch.set_num_threads(1)                                    # threads do not survive a fork
     os.environ["OMP_NUM_THREADS"] = "1"
     import importlib
-    for heavy in ("pytest", "transformers", "sample", "diffusers", "lpips", "numpy.testing",
-                  "torch.distributions"):
+    for heavy in ("pytest", "transformers", "transformers.models.dinov2.modeling_dinov2",
+                  "transformers.models.t5.modeling_t5", "diffusers", "lpips", "matplotlib.pyplot",
+                  "numpy.testing", "torch.distributions"):
         with contextlib.suppress(Exception):                    # loaded once, before the forks
             importlib.import_module(heavy)
     import pytest
     global pytest_main
     pytest_main = pytest.main
+    if args.faults:
+        sys.exit(0 if faults(args.only) else 1)
     tested, survivors, explained, begin = 0, [], 0, time.monotonic()
     for name in ("svae", "psvae", "dit", "sample", "notes.pretrain_tiny"):
         if args.only and not args.only.startswith(name.replace(".", "/")):

@@ -2207,7 +2207,8 @@ def test_wrong_input_gets_one_clear_line_and_exit_code_2(command, tmp_path, refu
 
 
 def test_a_size_that_dit_does_not_have_is_refused_with_those_that_it_has(copy, refused):
-    assert re.search("--size M: allowed are .*S, B, L, XL", refused(dit.main, "--size", "M", "--out", copy("latents")))
+    line = refused(dit.main, "--size", "M", "--out", copy("latents"))
+    assert re.search("--size M: allowed are .*S, B, L, XL", line)
 
 
 @pytest.mark.parametrize("name", ["data", "svae", "psvae", "dit", "sample"])

@@ -47,6 +47,7 @@ import svae
 from notes import convert
 from notes.checks import bench, evaluate, full_path
 from notes.claims import guide_vs_paper, lab, off_manifold, schedule
+from notes.reading import build as reading
 from notes.tiny import pretrain_tiny, ship
 from notes.world import editbench, emoji, geneval, judge, swaps
 
@@ -3906,3 +3907,114 @@ def test_bench_prints_a_line_for_every_part(tmp_path, capsys, monkeypatch):
     assert said.count("waits for the card inside a step: no card here") == 3
     flops = [float(n) for n in re.findall(r"([\d.e+-]+) GFLOP a picture", said)]
     assert len(flops) == 3 and min(flops) > 0.01 and said.count("utilisation") == 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page: notes/reading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_its_sources_say():
+    page = reading.PAGE.read_text(encoding="utf-8")
+    before, _, after = reading.split(page)
+    for old, new in zip((before, after), reading.text_part()):
+        if old != new:
+            lines = zip(old.splitlines() + ["the end"], new.splitlines() + ["the end"])
+            was, is_now = next((a, b) for a, b in lines if a != b)
+            pytest.fail(f"index.html is older than its sources: python notes/reading/build.py --text\n"
+                        f"{was[:400]}\n{is_now[:400]}")
+    assert re.findall(r'<article id="eq-(\d+)"', page) == [str(n) for n in range(1, 35)]
+    assert len(page.encode()) <= 4_000_000
+
+
+def test_links_of_the_page_lead_somewhere():
+    page = reading.split(reading.PAGE.read_text(encoding="utf-8"))[0]
+    anchors = set(re.findall(r'id="([^"]+)"', page))
+    for link in set(re.findall(r'href="([^"]+)"', page)) - {"data:,"}:
+        file, _, place = link.partition("#")
+        if not file:
+            assert place in anchors or place.startswith("curve-"), link
+        else:
+            lines = (reading.HERE / file).read_text(encoding="utf-8").splitlines()
+            assert not place or lines[int(place.removeprefix("L")) - 1].strip(), link
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("`svae.svae_loss`", "`svae.lost`", "svae.py has no lost"),
+    ("`svae.svae_loss`", "`svae.semantic_loss`", "no `# Eq. 8:` in svae.semantic_loss"),
+    ("@ optimizer.step()", "@ optimizer.leap()", "no line of train has 'optimizer.leap()'"),
+    ("`test_eq_8_*`", "`test_eq_8x_*`", "test_all.py has no test_eq_8x_*"),
+    ("| 8 | S-VAE loss", "| 7 | S-VAE loss", "Eq. 7 has two formulas"),
+    ("| 8 | S-VAE loss |", "No 8 |", "Eq. 8 have no formula"),
+])
+def test_what_the_page_cannot_find_is_named(old, new, said, tmp_path, monkeypatch):
+    text = reading.EQUATIONS.read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "equations.md").write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setattr(reading, "EQUATIONS", tmp_path / "equations.md")
+    with pytest.raises(reading.Stale, match=re.escape(said)):
+        reading.text_part()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser, **options):
+    """The page in a browser, and a list that gets every message and request of its."""
+    page, said = browser.new_page(**options), []
+    page.set_default_timeout(120_000)                  # a busy machine is no error
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url) if request.url != reading.PAGE.as_uri()
+            and not request.url.startswith("data:") else None)
+    page.goto(reading.PAGE.as_uri())
+    return page, said
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1440, "dark")])
+def test_the_page_in_a_browser(width, scheme, browser):
+    page, said = opened(browser, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    wide = page.evaluate("""[...document.querySelectorAll("main *")].filter(e => e.getClientRects().length
+        && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .formula")).map(e => e.outerHTML)""")
+    assert not wide, wide[0][:300]
+    boxes = page.evaluate("""[...document.querySelectorAll("article[id^=eq-] math[display=block]")].map(e =>
+        [e.closest("article").id, e.getBoundingClientRect().height])""")
+    assert len({name for name, _ in boxes}) == 34 and min(height for _, height in boxes) > 12
+    for slider in page.locator("input[type=range]").all():
+        shown = slider.locator("xpath=ancestor::figure").locator(".tiles, svg").last
+        pictures = []
+        for key in ("Home", "End"):
+            slider.press(key)
+            pictures.append(shown.screenshot())
+        assert pictures[0] != pictures[1], f"{slider.get_attribute('id')} moves nothing"
+    for group in ("term", "schedule"):
+        chosen = page.locator(f"input[name={group}]")
+        shown = chosen.first.locator("xpath=ancestor::figure").locator("svg")
+        pictures = set()
+        for choice in chosen.all():
+            choice.check()
+            pictures.add(shown.screenshot())
+        assert len(pictures) == chosen.count()
+    assert not said, said
+
+
+def test_the_page_ties_symbols_and_reads_without_a_script(browser):
+    page, said = opened(browser, viewport={"width": 1440, "height": 800})
+    for where, there in ((".formula [data-s~=mu]", ".code [data-s~=mu]"), (".code [data-s~=mu]", ".formula")):
+        page.locator("#eq-11 " + where).first.hover()
+        assert page.locator("#eq-11 " + there).first.evaluate("e => e.matches('.lit') || !!e.querySelector('.lit')")
+    page.locator("#loop-svae .pseudo [data-s]").nth(1).focus()
+    assert "encoder(x_part)" in page.locator("#loop-svae .code .l.lit").inner_text()
+    still, _ = opened(browser, java_script_enabled=False)
+    assert "kl_divergence" in still.locator("#eq-11 .code").inner_text()
+    assert still.locator("#fig-film .pic").first.bounding_box()["height"] > 50 and not said, said

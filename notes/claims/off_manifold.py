@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data                                                                                       # noqa: E402
 import dit                                                                                        # noqa: E402
 import svae                                                                                       # noqa: E402
+from notes.claims.claims import into_page, pyplot, spread, table                                  # noqa: E402
 from sample import ddim_step, sampling_times                                                      # noqa: E402
 
 WIDTH = 256             # of the network, as in the paper
@@ -270,20 +271,10 @@ def measure(variant: Variant, cfg: Config, seed: int, letters: Letters) -> dict:
 
 # --- Tables and figure --------------------------------------------------------------------------------------
 
-def cell(values: list[float]) -> str:
-    """mean ± standard deviation over seeds."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
-
-
 def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     """runs: by the name of a variant, one for each seed that is there."""
-    at = lambda name, step, measure: cell([run["steps"][str(step)][measure] for run in runs[name]])
-    floor = lambda name, measure: cell([run["floor"][measure] for run in runs[name]])
+    at = lambda name, step, measure: spread([run["steps"][str(step)][measure] for run in runs[name]], "{:.3f}")
+    floor = lambda name, measure: spread([run["floor"][measure] for run in runs[name]], "{:.3f}")
     first = sorted((v.name for v in variants(cfg)[:FIRST] if v.name in runs), key=in_order)
     parts = []
     for measure, title in (("nearest_worst", "Distance to the nearest true point after projecting back"),
@@ -307,15 +298,11 @@ def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     return "\n\n".join(parts)
 
 
-def figure(runs: dict[str, list[dict]], cfg: Config, path: Path) -> bool:
-    """Scatter plots above; errors against training steps and against D below. False without matplotlib."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figure: pip install matplotlib draws it")
-        return False
+def figure(runs: dict[str, list[dict]], cfg: Config, path: Path):
+    """Scatter plots above; errors against training steps and against D below."""
+    plt = pyplot()
+    if plt is None:
+        return
     sheet = plt.figure(figsize=(14, 7.4), layout="constrained")
     names = [v.name for v in variants(cfg) if v.name in runs]
     first = [v.name for v in variants(cfg)[:FIRST] if v.name in runs]
@@ -353,7 +340,6 @@ def figure(runs: dict[str, list[dict]], cfg: Config, path: Path) -> bool:
         sheet.savefig(partial, dpi=90, format="png")
     plt.close(sheet)
     print(f"wrote {path}")
-    return True
 
 
 def curve(axes, x: list[int], points: list[tuple], runs: dict, measure: str, label: str):
@@ -363,14 +349,6 @@ def curve(axes, x: list[int], points: list[tuple], runs: dict, measure: str, lab
     colour = "gray" if label == "raw 2" else {"raw": "C0", "scaled": "C1", "latent": "C2"}[label.split()[0]]
     axes.errorbar(x, [statistics.fmean(v) for v in values], spread, marker="o", ms=3, capsize=2, label=label,
                   color=colour)
-
-
-def into_page(page: Path, text: str):
-    """Replaces what stands between the page's two marks."""
-    begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-    print(f"wrote {page}")
 
 
 @data.program

@@ -116,12 +116,26 @@ def objects_of(folder: data.Folder) -> list[list[world.Object]]:
     return [[world.Object(**o) for o in scenes[name]["objects"]] for name in folder.images]
 
 
+def linear_read_out(f, known: dict, f_test, asked: dict) -> dict[str, float]:
+    """How often a linear map of f (N, d) tells each of `known` {name: N values}: ridge regression on
+    one-hot answers, measured on f_test and `asked`."""
+    f, f_test = (F.pad(part.double(), (0, 1), value=1.0) for part in (f, f_test))
+    shares = {}
+    for name, values in known.items():
+        kinds = sorted(set(values))
+        answer = F.one_hot(torch.tensor([kinds.index(value) for value in values])).double()
+        weights = torch.linalg.solve(f.T @ f + 1e-2 * torch.eye(f.shape[1]), f.T @ answer)
+        said = (f_test @ weights).argmax(1).tolist()
+        shares[name] = float(np.mean([kinds[k] == value for k, value in zip(said, asked[name])]))
+    return shares
+
+
 @torch.no_grad()
 def read_out(image_encoder, train, test, count: int = 2000) -> dict[str, float]:
     """How often a linear map of the patches at an object's centre tells its shape, colour, size and style.
 
-    train and test are (pictures, objects of each); the map is ridge regression on one-hot answers, fitted to
-    the first `count` pictures of one and measured on those of the other. Chance: 1/6, 1/8, 1/2, 1/2.
+    train and test are (pictures, objects of each); the map is fitted to the first `count` pictures of one and
+    measured on those of the other. Chance: 1/6, 1/8, 1/2, 1/2.
     """
     sides = []
     for pictures, objects in (train, test):
@@ -129,18 +143,10 @@ def read_out(image_encoder, train, test, count: int = 2000) -> dict[str, float]:
         for some in torch.arange(min(count, len(pictures))).split(100):
             x = data.to_float(torch.stack([pictures[(i, None)][0] for i in some.tolist()]),
                               image_encoder.mean.device)
-            parts.append(at_objects(image_encoder.tokens(x), [objects[i] for i in some]).double().cpu())
-        f = torch.cat(parts)
-        sides.append((F.pad(f, (0, 1), value=1.0), [o for found in objects[:count] for o in found]))
-    (f, known), (f_test, asked) = sides
-    shares = {}
-    for name in world.LOOK:
-        values = sorted({getattr(o, name) for o in known})
-        answer = torch.tensor([values.index(getattr(o, name)) for o in known])
-        weights = torch.linalg.solve(f.T @ f + 1e-2 * torch.eye(f.shape[1]), f.T @ F.one_hot(answer).double())
-        said = (f_test @ weights).argmax(1).tolist()
-        shares[name] = float(np.mean([values[k] == getattr(o, name) for k, o in zip(said, asked)]))
-    return shares
+            parts.append(at_objects(image_encoder.tokens(x), [objects[i] for i in some]).cpu())
+        there = [o for found in objects[:count] for o in found]
+        sides += [torch.cat(parts), {name: [getattr(o, name) for o in there] for name in world.LOOK}]
+    return linear_read_out(*sides)
 
 
 def same_text(texts):

@@ -28,9 +28,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from notes.world.judge import check, read                                                              # noqa: E402
-from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, WORDS,  # noqa: E402
-                         Object, choose, generator, noun, with_article)
+from notes.world.judge import check, read                                                # noqa: E402
+from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES,   # noqa: E402
+                               SIZES, STYLES, WORDS, Object, Scene, choose, draw, generator, noun,
+                               pick_look, place, with_article)
 
 TASKS = {"single": 80, "two": 99, "counting": 80, "colours": 94, "position": 100, "binding": 100}
 HELD_OUT_SHARE = 0.2   # of the prompts of the four tasks that name colours
@@ -99,6 +100,21 @@ def prompts():
             if not any(room.values()):
                 break
     return rows
+
+
+def true_picture(requirement, rng):
+    """A picture that meets a requirement, with all else as scenes of the world have it."""
+    while True:
+        objects = []
+        for wanted in requirement["objects"]:
+            colour, shape = pick_look(rng, "train", wanted.get("colour"), wanted["shape"])
+            look = {"size": wanted.get("size") or choose(rng, SIZES),
+                    "style": wanted.get("style") or choose(rng, STYLES, (0.65, 0.35))}
+            objects += [Object(shape, colour, **look)] * wanted.get("count", 1)
+        placed = place(objects, rng)
+        scene = Scene(requirement.get("background") or choose(rng, BACKGROUNDS), placed or ())
+        if placed and check(scene, requirement):
+            return draw(scene)
 
 
 # --- Scores -------------------------------------------------------------------------------------------------

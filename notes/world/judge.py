@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, SHAPES, SIZES, STROKE, STYLES, Object,  # noqa: E402
-                         Scene, draw, generator, polygon, relation, scene)
+from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, SHAPES, SIZES, STROKE, STYLES,  # noqa: E402
+                               Object, Scene, draw, generator, polygon, relation, scene)
 
 BACKGROUND_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 OBJECT_RGB = np.array(list(COLOURS.values()), np.float32)
@@ -167,6 +167,22 @@ def _colour(rgb, base, mask):
     return best, ways[best]
 
 
+def misfits(alpha, y, x):
+    """How badly each template, centred at (x, y) to a quarter of a pixel, fits coverage alpha (64, 64), per
+    pixel of its edge; k -> template k's coverage in the window; the window of the picture."""
+    quarter_y, quarter_x = round(4 * y), round(4 * x)
+    top, left = quarter_y // 4 - HALF, quarter_x // 4 - HALF
+    window = (slice(max(0, top), top + WIDTH), slice(max(0, left), left + WIDTH))
+    inside = (slice(max(0, -top), CANVAS - top), slice(max(0, -left), CANVAS - left))   # in the template
+    stack, norms, edge = templates()
+    stack, norms = stack[quarter_y % 4, quarter_x % 4], norms[quarter_y % 4, quarter_x % 4]
+    cut = np.zeros((WIDTH, WIDTH), np.float32)
+    cut[inside] = alpha[window]
+    # |T - alpha|^2 = |T|^2 - 2 T.alpha + |alpha|^2
+    error = (norms - 2 * (stack.reshape(len(stack), -1) @ cut.ravel()) + (alpha ** 2).sum()) / edge
+    return error, lambda k: stack[k][inside], window
+
+
 def _match(rgb, base, labels, label):
     """One region of a picture whose background `base` was subtracted, or None where it is not a clean object.
 
@@ -188,18 +204,9 @@ def _match(rgb, base, labels, label):
     y, x = float(alpha.sum(1) @ middle) / total, float(alpha.sum(0) @ middle) / total
     if not (ys.min() <= y <= ys.max() + 1 and xs.min() <= x <= xs.max() + 1):
         return None
-    # All templates, centred to a quarter of a pixel: |T - alpha|^2 = |T|^2 - 2 T.alpha + |alpha|^2.
-    quarter_y, quarter_x = round(4 * y), round(4 * x)
-    top, left = quarter_y // 4 - HALF, quarter_x // 4 - HALF
-    window = (slice(max(0, top), top + WIDTH), slice(max(0, left), left + WIDTH))
-    inside = (slice(max(0, -top), CANVAS - top), slice(max(0, -left), CANVAS - left))   # in the template
-    stack, norms, edge = templates()
-    stack, norms = stack[quarter_y % 4, quarter_x % 4], norms[quarter_y % 4, quarter_x % 4]
-    cut = np.zeros((WIDTH, WIDTH), np.float32)
-    cut[inside] = alpha[window]
-    error = (norms - 2 * (stack.reshape(len(stack), -1) @ cut.ravel()) + (alpha ** 2).sum()) / edge
+    error, coverages, window = misfits(alpha, y, x)
     best = int(error.argmin())
-    coverage = stack[best][inside]
+    coverage = coverages(best)
     rival = np.partition(error.reshape(len(SHAPES), -1).min(1), 1)[1]
     blurred = best % len(SOFTNESS) == len(SOFTNESS) - 1
     if blurred or error[best] > MISFIT or rival < RIVAL * error[best]:

@@ -1,0 +1,275 @@
+"""The guide's claims, measured on small latent spaces: one row of spaces and one page for each.
+
+    python notes/claims/claims.py weak_pixels --seeds 0,1,2 --page          a CPU core, in the background
+    python notes/claims/claims.py ladder --scale gpu --seeds 0,1,2 --page   one CUDA GPU
+    python notes/claims/claims.py kl --only 0 1e-2                          some variants of a row
+
+    weak_pixels     Eq. 3: what a decoder gets back from frozen features, S-VAE, PS-VAE
+    ladder          the guide's table "Latent Space Comparison" (the paper's Table 4)
+    off_manifold    Eq. 1 on pictures: how far from true features lies what is drawn (the toy: off_manifold.py)
+    kl, channels    Eq. 11: sum or mean, and beta; 8 to 96 channels
+    guide_vs_paper  rectified flow, transformer blocks, cosine
+    edits           one model for drawing and editing: what either costs the other
+    recipe          what made the tiny setting learn: each choice taken back
+
+Decoders are trained until their PSNR is flat. Killed, a row resumes; one row takes over what another has
+trained. A claim counts as measured where its best variant draws: 30 dB from the decoder, and 70 % of the
+prompts right by the judge. With --page tables and figure go into the claim's page.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import data                                                                              # noqa: E402
+from notes.claims.lab import SCALES, Lab, Space, Study                                   # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+DECODES, DRAWS = 30, 0.7        # dB, share of prompts: below, a claim is not tested
+EDITS = 0.2                     # share of edit batches where there are any, as in the tiny preset
+PRESET = (Space(), Study())
+SPACES = {"Standard VAE": Space("vae"), "RAE": Space("rae", z_dim=0), "S-VAE": Space("svae"),
+          "P-VAE": Space("pvae"), "PS-VAE": Space()}        # z_dim 0: as many as the features have
+only = lambda *names: {name: (SPACES[name], Study()) for name in names}
+CLAIMS = {
+    "weak_pixels": only("RAE", "S-VAE", "PS-VAE"),
+    "ladder": only(*SPACES),
+    "off_manifold": {**only("RAE"), "S-VAE, beta 0": (Space("svae", beta=0.0), Study()),
+                     **only("S-VAE", "PS-VAE")},
+    "kl": {"0": (Space(beta=0.0), Study()), "1e-4, mean": (Space(beta=1e-4 / 24), Study()),
+           **{f"{beta:g}": (Space(beta=beta), Study()) for beta in (1e-4, 1e-3, 3e-3, 1e-2)}},
+    "channels": {str(z_dim): (Space(z_dim=z_dim), Study()) for z_dim in (8, 16, 24, 48, 96)},
+    "guide_vs_paper": {"v": PRESET, "eps": (Space(), Study("eps")), "flow": (Space(), Study("flow")),
+                       "transformer": (Space(body="transformer"), Study()),
+                       "mse + cosine": (Space(semantic="mse and cosine"), Study())},
+    "edits": {"draws": PRESET, "draws and edits": (Space(), Study(edits=EDITS)),
+              "edits": (Space(), Study(edits=1.0))},
+    "recipe": {"preset": PRESET, "loose captions": (Space(), Study(captions="loose")),
+               "places from noise": (Space(), Study(places="noise")),
+               "text as it is": (Space(), Study(whiten=False)),
+               "off the lattice": (Space(lattice=False), Study()), "eps": (Space(), Study("eps"))},
+}
+# The same colour for the same latent space on every page.
+COLOURS = {"Standard VAE": "tab:gray", "RAE": "tab:red", "S-VAE": "tab:orange", "P-VAE": "tab:green",
+           "PS-VAE": "tab:blue", "preset": "tab:blue", "v": "tab:blue", "draws": "tab:blue", "24": "tab:blue",
+           "0.003": "tab:blue", "S-VAE, beta 0": "tab:brown"}
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: str = "cpu"                  # how big: cpu (one core), gpu, or quick (a test)
+    quick: bool = False                 # the same as --scale quick
+    seeds: tuple[int, ...] = (0,)       # of initialisation, order and noise; all other things are the same
+    only: tuple[str, ...] = ()          # only these variants: to run several at once on one card
+    out: str = "out/lab"                # trained parts and measurements, shared by all rows
+    page: bool = False                  # tables and figure go into notes/claims/ too
+    device: str = "auto"                # auto, cpu or cuda
+
+    def __post_init__(self):
+        data.check_choice(self, scale=tuple(SCALES), device=("auto", "cpu", "cuda"))
+        data.check(self, seeds=(0, 2**31))
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+def spread(values, form="{:.2f}") -> str:
+    """mean ± standard deviation over seeds (N - 1), or the one value there is."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
+    mean = form.format(float(np.mean(values)))
+    return f"{mean} ± {form.format(float(np.std(values, ddof=1)))}" if len(values) > 1 else mean
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown, without the columns in which no line has a value."""
+    keep = [i for i in range(len(head)) if any(line[i] != "–" for line in lines)]
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row[i] for i in keep) + " |" for row in rows)
+
+
+def column(runs: list[dict], name: str, form="{:.1f}", scale=100) -> str:
+    return spread([scale * run[name] if name in run else None for run in runs], form)
+
+
+def last(run: dict) -> dict:
+    return run[max((mark for mark in run if mark.isdigit()), key=int)]
+
+
+def space_tables(found: dict[str, dict]) -> list[str]:
+    pixels, meaning = [], []
+    for name, row in found.items():
+        p, m = row["pixels"], row["meaning"]
+        pixels.append([name, column(p, "psnr", "{:.2f}", 1), column(p, "edge", "{:.2f}", 1),
+                       column(p, "elsewhere", "{:.2f}", 1), column(p, "flat", "{:.0f}", 1),
+                       column(p, "seconds", "{:.0f}", 1 / 60)])
+        meaning.append([name, *(column(m, part) for part in ("colour", "shape", "size", "place", "features")),
+                        column(m, "rate", "{:.1f}", 1), column(m, "sigma", "{:.3f}", 1)])
+    return [table(["", "PSNR dB", "near edges", "elsewhere", "flat after", "minutes"], pixels),
+            table(["read from mu, %", "colour", "shape", "size", "place", "features", "nats a position",
+                   "sigma"], meaning)]
+
+
+def drawn_table(found: dict[str, dict], what: str) -> str:
+    lines = []
+    for name, row in found.items():
+        if what in row:
+            marks = sorted((mark for mark in row[what][0] if mark.isdigit()), key=int)
+            part = lambda mark, measure, *form: column([run[mark] for run in row[what]], measure, *form)
+            end = marks[-1]
+            lines.append([name, part("mu", "right"), *(part(mark, "right") for mark in marks),
+                          part(end, "unreadable"),
+                          *(part(end, fact) for fact in ("colour", "shape", "size", "place")),
+                          part(end, "fd", "{:.2f}", 1), part(end, "beside", "{:.3f}", 1),
+                          column(row[what], "seconds", "{:.0f}", 1 / 60)])
+    return table([f"{what}, right by the judge, %", "true ones", *(f"step {mark}" for mark in marks),
+                  "unreadable", "colour", "shape", "size", "place", "FD", "beside", "minutes"], lines)
+
+
+def paired(found: dict[str, dict], what: str) -> str:
+    """Of each variant less the first, paired by prompt and seed, with a 95 % interval over prompts."""
+    (first, base), *others = [(name, row[what]) for name, row in found.items() if what in row]
+    lines = []
+    for name, runs in others:
+        less = np.mean([np.subtract(last(a)["each"], last(b)["each"], dtype=float)
+                        for a, b in zip(runs, base)], axis=0)
+        half = 196 * less.std(ddof=1) / len(less) ** 0.5
+        lines.append(f"{name} {100 * less.mean():+.1f} ± {half:.1f}")
+    return (f"{what}, points less than {first}, paired by prompt (± is a 95 % interval): "
+            + ", ".join(lines) + ".") if lines else ""
+
+
+def verdict(found: dict[str, dict]) -> str:
+    decodes = max(np.mean([run["psnr"] for run in row["pixels"]]) for row in found.values())
+    draws = max((np.mean([last(run)["right"] for run in row["drawn"]])
+                 for row in found.values() if "drawn" in row), default=1)
+    tested = decodes >= DECODES and draws >= DRAWS
+    return (f"{'Measured' if tested else 'Not tested'} at this size: the best decoder gives {decodes:.1f} dB"
+            + (f", the best DiT draws {draws:.0%} of the prompts right" if draws < 1 else "")
+            + f" (wanted: {DECODES} dB, {DRAWS:.0%}).")
+
+
+def into_page(page: Path, text: str, mark="measured"):
+    """Replaces what stands between the page's two marks."""
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->\n"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    print(f"wrote {page}")
+
+
+# --- Figure ---------------------------------------------------------------------------------------
+
+def pyplot():
+    """matplotlib, or None where it is not installed: tables do not need it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: pip install matplotlib draws it")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def curves(axis, found, points, **labels):
+    """A line for each variant, labelled at its end; points(row) gives each seed's [(x, y), …]."""
+    for i, (name, row) in enumerate(found.items()):
+        runs = [list(zip(*run)) for run in points(row)]
+        shortest = min(len(x) for x, _ in runs)
+        x, y = runs[0][0][:shortest], np.array([y[:shortest] for _, y in runs])
+        colour = COLOURS.get(name, f"C{i}")
+        axis.errorbar(x, y.mean(0), y.std(0), marker="o", ms=3, capsize=2, color=colour)
+        axis.annotate(f" {name}", (x[-1], y.mean(0)[-1]), color=colour, fontsize=8)
+    axis.margins(x=0.25)
+    axis.set(**labels)
+
+
+def figure(lab: Lab, claim: str, found: dict[str, dict], path: Path, count=8):
+    """Decibels and prompts against steps; below, for eight held-out prompts, what each variant draws."""
+    plt = pyplot()
+    if plt is None:
+        return
+    draws = {name: row for name, row in found.items() if "drawn" in row}
+    fig = plt.figure(figsize=(11, 3.6 + 0.9 * (len(found) + 1)), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=(3.6, 0.9 * (len(found) + 1)))
+    axes = above.subplots(1, 1 + bool(draws), squeeze=False)[0]
+    curves(axes[0], found, lambda row: [run["curve"] for run in row["pixels"]], xlabel="steps of stage 2",
+           title="PSNR of reconstructions, dB")
+    if draws:
+        curves(axes[1], draws, lambda row: [[(int(mark), 100 * run[mark]["right"]) for mark in run
+                                             if mark.isdigit()] for run in row["drawn"]],
+               xlabel="steps of stage 3", title="prompts right by the judge, %", ylim=(0, 105))
+    rows, names = [], []
+    for name, row in found.items():
+        space, study = row["of"]
+        pictures = lab.world(space.lattice)
+        first = slice(pictures.test.start, pictures.test.start + count)
+        z = lab.generate(space, study, count=count) if name in draws else lab.posterior(space, first)[0]
+        if not rows:
+            rows, names = [list(data.to_uint8(pictures.x(first)))], ["true"]
+        rows.append(list(data.to_uint8(lab.decode(space, z))))
+        names.append(name)
+    axis = below.subplots()
+    axis.imshow(data.grid(rows))
+    side = axis.images[0].get_array().shape[0] / len(rows)
+    axis.set(xticks=[], yticks=[(i + 0.5) * side for i in range(len(rows))], yticklabels=names)
+    with data.atomic(path) as partial:
+        fig.savefig(partial, dpi=100, format="png")
+    plt.close(fig)
+    print(f"wrote {path}")
+
+
+# --- A row ----------------------------------------------------------------------------------------
+
+def measure(lab: Lab, claim: str, variants: dict, seeds) -> dict[str, dict]:
+    """{variant: {"pixels", "meaning", "drawn", "edited": a dict for each seed, "of": (space, study)}}"""
+    found = {}
+    for seed in seeds:                          # a seed after the other: what is there is a whole table
+        for name, (space, study) in variants.items():
+            space = replace(space, seed=seed, z_dim=space.z_dim or lab.encoder.dim)
+            row = found.setdefault(name, {"pixels": [], "meaning": [], "of": (space, study)})
+            row["pixels"].append(lab.pixels(space))
+            row["meaning"].append(lab.meaning(space))
+            if claim != "weak_pixels" and study.edits < 1:
+                row.setdefault("drawn", []).append(lab.drawn(space, study))
+            if study.edits:
+                row.setdefault("edited", []).append(lab.drawn(space, study, edit=True))
+    return found
+
+
+@data.program
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    claim = argv[0] if argv and argv[0] in CLAIMS else ""
+    cfg = Config(**data.read_flags(Config, argv[1:] if claim else argv, __doc__))
+    if not claim:
+        raise data.UserError(f"name a row first: {', '.join(CLAIMS)}")
+    if cfg.quick:
+        cfg = Config(**asdict(cfg) | {"scale": "quick", "quick": False})
+    page = cfg.page and cfg.scale != "quick"
+    lab = Lab(cfg.scale, cfg.out, cfg.device)
+    variants = {name: of for name, of in CLAIMS[claim].items() if not cfg.only or name in cfg.only}
+    found = measure(lab, claim, variants, cfg.seeds)
+    where = torch.cuda.get_device_name() if lab.device.type == "cuda" else "one CPU core"
+    parts = [verdict(found), *space_tables(found)]
+    for what in ("drawn", "edited"):
+        if any(what in row for row in found.values()):
+            parts += [drawn_table(found, what), paired(found, what)]
+    parts.append(f"Seeds {', '.join(map(str, cfg.seeds))}; `--scale {cfg.scale}`: "
+                 f"{lab.scale.pictures:,} pictures, {lab.scale.held_out} held out, {lab.scale.prompts} "
+                 f"prompts; minutes are those of {where}, torch {torch.__version__}.")
+    text = "\n\n".join(filter(None, parts))
+    print(text + "\n", flush=True)
+    mark = "pictures" if claim == "off_manifold" else "measured"        # that page holds the toy as well
+    name = "off_manifold_pictures" if claim == "off_manifold" else claim
+    if page:
+        into_page(HERE / f"{claim}.md", text, mark)
+    figure(lab, claim, found, HERE / f"{name}.png" if page else Path(cfg.out) / f"{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

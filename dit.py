@@ -97,7 +97,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=128, depth=6, heads=4, steps=9000,
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=128, depth=6, heads=4, steps=8000,
                  edit_fraction=0.2, predict="v", whiten_text=True, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
                  precision="fp32", compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
 }

@@ -104,8 +104,8 @@ class Config:
 PRESETS = {
     "full": {},
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
-                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.5, permute_colours=0.25, permute_steps=964,
-                 steps=3200, batch=16, learning_rate=5e-4, encoder_lr_scale=1.0,
+                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, permute_colours=0.25, permute_steps=1000,
+                 steps=7000, batch=16, learning_rate=5e-4, encoder_lr_scale=1.0,
                  warmup=50, precision="fp32", compile=False, workers=0, log_every=20, eval_every=400,
                  save_every=400, latents="mu"),
 }

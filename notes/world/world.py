@@ -51,11 +51,11 @@ COLOURS = {"red": (214, 40, 40), "orange": (255, 136, 20), "yellow": (255, 217, 
 BACKGROUNDS = {"gray": (142, 146, 148), "beige": (228, 218, 160), "pink": (224, 158, 172),
                "teal": (86, 182, 180), "brown": (110, 78, 48), "lavender": (164, 144, 222)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 7.0, "large": 9.6}   # radius of the circle; the other shapes have the same area
+SIZES = {"small": 8.0, "large": 10.5}  # radius of the circle; the other shapes have the same area
 STYLES = ("filled", "outline")
 LOOK = ("shape", "colour", "size", "style")   # all that is to say of an object but its place
-STROKE = 2.5             # width of an outline: leaves even the small star and cross a visible hole
-MARGIN = 1.0             # least distance to the picture's border
+STROKE = 2.75            # width of an outline: leaves even the small star and cross a visible hole
+MARGIN = 1.2             # least distance to the picture's border
 # Centres are multiples of this, the side of a latent cell. So an object covers the two by two cells round a
 # corner, and a cell holds a quarter of one object or nothing: few things, each seen often (decisions.md).
 LATTICE = 16

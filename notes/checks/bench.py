@@ -1,49 +1,121 @@
 """Speed and memory of every part, a line each, beside its peer in the same run where one is installed.
 
-    python notes/checks/bench.py                          what fits the machine: full preset on CUDA, tiny on a CPU
-    python notes/checks/bench.py --only dit --size XL --batch 64 --memory-cap 24       does it fit into 24 GB?
-    python notes/checks/bench.py --only svae psvae dit --sync-check                    does a step wait for the card?
+    python notes/checks/bench.py                      what fits the machine: full preset on CUDA, tiny on a CPU
+    python notes/checks/bench.py --only dit --size XL --batch 64 --memory-cap 24     does it fit into 24 GB?
+    python notes/checks/bench.py --only svae psvae dit --sync-check                  does a step wait for the card?
+    python notes/checks/bench.py --only path          the full preset from a folder to a picture, 2 steps a stage
 
-Parts: loading (pictures/s, against torchvision's ImageFolder), svae, psvae, encode, dit (the real programs on
-the real folder: steps/s, pictures/s, utilisation, waiting for data, peak memory), picture (prompt to
-picture), train and ddim (the DiT alone, against diffusers' PixArtTransformer2DModel of the same width,
-depth, tokens and text, and its DDIMScheduler). dit and picture need what psvae leaves in --work.
+Parts: loading (pictures/s, against torchvision's ImageFolder), svae, psvae, dit (the real programs on the
+real folder: steps/s, pictures/s, utilisation, peak memory), picture (prompt to picture), train and ddim (the
+DiT alone, against diffusers' PixArtTransformer2DModel of the same width, depth, tokens and text, and its
+DDIMScheduler), path (not by default). dit and picture need what psvae leaves in --work.
 
-Encoders have the real sizes and random weights (notes/checks/full_path.py). Competitors take turns, the order
-turning too; what is printed are medians, and for a comparison the median of the ratios of neighbours, with
-the smallest and the largest. With one thread on a CPU the clock is CPU time, which other programs disturb
-less. Utilisation is of the card's data sheet (data.PEAK); on a CPU, and on cards not in that table, of what
-a large matrix product reaches here.
+What pretrained weights do to memory and speed depends on their sizes alone, so DINOv2 and T5 are built from
+their configs with random weights: no download. Competitors take turns, the order turning too; what is
+printed are medians, and for a comparison the median of the ratios of neighbours, with the smallest and the
+largest. With one thread on a CPU the clock is CPU time, which other programs disturb less. Utilisation is of
+what a large matrix product reaches here.
 """
 
 import argparse
 import contextlib
 import copy
+import os
 import statistics
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data
-import dit
-import psvae
-import sample
-import svae
-from notes.checks import full_path
+import data                                                                              # noqa: E402
+import dit                                                                               # noqa: E402
+import psvae                                                                             # noqa: E402
+import sample                                                                            # noqa: E402
+import svae                                                                              # noqa: E402
+from notes.tiny import pretrain_tiny                                                     # noqa: E402
 
 PARTS = ("loading", "svae", "psvae", "dit", "picture", "train", "ddim")
 CUDA = torch.cuda.is_available()
+# as in the config.json of facebook/dinov2-*: width, layers, heads; giant has the gated feed-forward
+IMAGE = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24),
+         "nano": (48, 2, 3)}
+# of google/flan-t5-*: width, feed-forward, heads, layers; 64 channels a head
+TEXT = {"small": (512, 1024, 6, 8), "base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24),
+        "xl": (2048, 5120, 32, 24), "xxl": (4096, 10240, 64, 24), "nano": (32, 64, 2, 2)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Clocks
-# ------------------------------------------------------------------------------------------------------------
+# --- Encoders of the real sizes, and pictures -----------------------------------------------------
 
+def build_image_encoder(folder: Path, size: str, registers: bool = False) -> str:
+    """A DINOv2 of that size with random weights, saved as the hub has it; the folder's name."""
+    from transformers import (Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig,
+                              Dinov2WithRegistersModel)
+    if not (folder / "config.json").exists():
+        width, layers, heads = IMAGE[size]
+        settings = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                        image_size=518, patch_size=14, use_swiglu_ffn=size == "giant")
+        torch.manual_seed(0)
+        network = (Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings, num_register_tokens=4))
+                   if registers else Dinov2Model(Dinov2Config(**settings)))
+        network.save_pretrained(folder)
+    return str(folder)
+
+
+def build_text_encoder(folder: Path, size: str) -> str:
+    """A T5 encoder of that size with random weights in bf16, and a byte-level tokenizer beside it."""
+    from transformers import T5Config, T5EncoderModel
+    if not (folder / "tokenizer.json").exists():
+        width, inside, heads, layers = TEXT[size]
+        config = T5Config(vocab_size=32128, d_model=width, d_ff=inside, d_kv=64, num_heads=heads,
+                          num_layers=layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+                          pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)                # a T5-XXL in fp32 would be 19 GB
+        try:
+            T5EncoderModel(config).save_pretrained(folder)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        names = (data.HERE / "notes/imagenet_names.txt").read_text().splitlines()
+        tokenizer = pretrain_tiny.build_tokenizer([name.split(" ", 1)[-1] for name in names], 4096)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def build_pictures(folder: Path, count: int, size=(500, 375)) -> str:
+    """JPEGs of about ImageNet's size in ten class folders: smooth colours and some grain, so that they
+    compress like photographs (90 KB)."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"train/n{1440764 + number % 10:08d}/{number:06d}.JPEG"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+            pixels = (pixels + rng.normal(0, 12, (*size[::-1], 1))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path, "JPEG", quality=90)
+    return str(folder)
+
+
+def build_vgg(folder: Path):
+    """A VGG16 with random weights where torchvision looks for the real one (553 MB), if it is not there."""
+    name = "hub/checkpoints/vgg16-397923af.pth"
+    if not (Path(torch.hub.get_dir()).parent / name).exists():
+        from torchvision.models import vgg16
+        os.environ["TORCH_HOME"] = str(folder)
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            with data.atomic(folder / name) as partial:
+                torch.save(vgg16(weights=None, init_weights=False).state_dict(), partial)
+
+
+# --- Clocks ---------------------------------------------------------------------------------------
 
 def now(device) -> float:
     """Seconds, when all that was asked of the device is done."""
@@ -84,10 +156,7 @@ def matrix_rate(device, dtype, n: int) -> float:
     return 2 * n ** 3 / max(best, 1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading pictures
-# ------------------------------------------------------------------------------------------------------------
-
+# --- Reading pictures -----------------------------------------------------------------------------
 
 def loading(args, pictures: str):
     """All of the folder, cropped, flipped and scaled at random, in batches: pictures/s."""
@@ -120,111 +189,107 @@ def loading(args, pictures: str):
             "pictures/s")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The stages as they are run
-# ------------------------------------------------------------------------------------------------------------
+# --- The stages as they are run -------------------------------------------------------------------
+
+@contextlib.contextmanager
+def every_step(call):
+    """call(n) after the n-th step of an optimizer: how a real run is watched from outside."""
+    step, done = torch.optim.AdamW.step, [0]
+
+    def watched(optimizer, *args, **kwargs):
+        result = step(optimizer, *args, **kwargs)
+        done[0] += 1
+        call(done[0])
+        return result
+    torch.optim.AdamW.step = watched
+    try:
+        yield
+    finally:
+        torch.optim.AdamW.step = step
 
 
-class Watch:
-    """Times the steps of a real run from inside, without a loop of its own, and counts waits for the card."""
-
-    def __init__(self, args):
-        self.args, self.total = args, args.warm + args.runs * args.window
-        self.done, self.marks, self.waited, self.waits, self.run = 0, [], 0.0, [], None
-
-    def __enter__(self):
-        self.record, self.batches, self.slice = data.Run.record, data.batches, psvae.encode_slice
-        data.Run.record, data.batches, psvae.encode_slice = self._recorded, self._waited, self._encoded
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        return self
-
-    def __exit__(self, *_):
-        data.Run.record, data.batches, psvae.encode_slice = self.record, self.batches, self.slice
-        if CUDA:
-            torch.cuda.set_sync_debug_mode("default")
-
-    @property
-    def _recorded(self):
-        def record(run, losses):
-            self.record(run, losses)
-            self.run, self.done = run, self.done + 1
-            inside = self.args.warm <= self.done < self.total
-            if self.args.sync_check and CUDA:
-                torch.cuda.set_sync_debug_mode("default")
-            if self.done >= self.args.warm and (self.done - self.args.warm) % self.args.window == 0:
-                self.marks.append(now(run.device))
-                self.waits.append(self.waited)
-            if self.args.sync_check and CUDA and inside:                # until the next step is recorded
-                torch.cuda.set_sync_debug_mode("warn")
-        return record
-
-    def _waited(self, *args):
-        stream = iter(self.batches(*args))
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(stream)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - begin
-            yield batch
-
-    def _encoded(self, cfg, run, *args):
-        begin = now(run.device)
-        self.slice(cfg, run, *args)
-        print(f"encode, {cfg.preset}, {cfg.image_size} px: "
-              f"{len(run.folder.images) / (now(run.device) - begin):.4g} pictures/s", flush=True)
-
-    def line(self, title: str) -> str:
-        windows = [b - a for a, b in zip(self.marks, self.marks[1:])]
-        rate = self.args.window / statistics.median(windows)
-        waiting = (self.waits[-1] - self.waits[0]) / (self.marks[-1] - self.marks[0])
-        batch = self.run.cfg.batch
-        memory = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
-        return (f"{title}: {rate:.4g} steps/s, {rate * batch:.4g} pictures/s, "
-                f"{self.run.flops / batch / 1e9:.4g} GFLOP a picture, "
-                f"utilisation {self.run.flops * rate / self.run.peak:.1%}, "
-                f"waiting for data {waiting:.0%}{memory}")
-
-
-def stage(args, name: str, program, argv: list[str]):
-    """A stage, fresh, for as many steps as are timed; one line, or that it does not fit."""
-    argv = [*argv, "--fresh", "--out", str(args.out), "--steps", str(args.warm + args.runs * args.window),
-            "--workers", str(args.workers), "--device", args.device, *(["--no-compile"] * args.no_compile)]
-    argv += [word for flag in ("log", "eval", "save") for word in (f"--{flag}-every", "1000000000")]
+def stage(args, name: str, program, argv: list[str], device):
+    """A stage, fresh: steps of it counted in FLOPs, then timed; one line, or that it does not fit."""
+    quiet = [word for flag in ("log", "eval", "save") for word in (f"--{flag}-every", "1000000000")]
+    argv = [*argv, "--fresh", "--out", str(args.out), "--workers", str(args.workers), "--device", args.device, *quiet]
     for flag, value in (("--batch", args.batch), ("--micro-batches", args.micro_batches)):
         argv += [flag, str(value)] if value else []
-    with Watch(args) as watch, warnings.catch_warnings(record=True) as caught:
+    counter, marks, total = FlopCounterMode(display=False), [], args.warm + args.runs * args.window
+
+    def count(step):                                    # what lies between the first step and the second
+        counter.__enter__() if step == 1 else counter.__exit__(None, None, None)
+
+    def mark(step):
+        if args.sync_check and CUDA:                    # from here to the next step
+            torch.cuda.set_sync_debug_mode("warn" if step < total else "default")
+        if step >= args.warm and (step - args.warm) % args.window == 0:
+            marks.append(now(device))
+    with warnings.catch_warnings(record=True) as caught, contextlib.ExitStack() as stack:
         warnings.simplefilter("always")
-        code = program(argv)
-        title = f"{name}, {args.preset}"
-        if len(watch.marks) <= args.runs:
-            limit = f" in {args.memory_cap:g} GB" if args.memory_cap else ""
-            print(f"{title}: does not run{limit} (exit code {code})", flush=True)
-            return
-        cfg = watch.run.cfg
-        print(watch.line(f"{title}, batch {cfg.batch} in {cfg.micro_batches}"), flush=True)
+        encode = psvae.write_latents
+        psvae.write_latents = lambda *_: None           # once is enough
+        stack.callback(setattr, psvae, "write_latents", encode)
+        with every_step(count):
+            code = program([*argv, "--steps", "2", "--no-compile"])
+        psvae.write_latents = encode
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        if code == 0:
+            with every_step(mark):
+                code = program([*argv, "--steps", str(total), *(["--no-compile"] * args.no_compile)])
+    if CUDA:
+        torch.cuda.set_sync_debug_mode("default")
+    if len(marks) <= args.runs:
+        limit = f" in {args.memory_cap:g} GB" if args.memory_cap else ""
+        return print(f"{name}, {args.preset}: does not run{limit} (exit code {code})", flush=True)
+    config = data.load(args.out / f"{name.split()[0]}.pt", name.split()[0])["config"]
+    rate = args.window / statistics.median(b - a for a, b in zip(marks, marks[1:]))
+    flops = counter.get_total_flops()
+    memory = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
+    print(f"{name}, {args.preset}, batch {config['batch']}: {rate:.4g} steps/s, "
+          f"{rate * config['batch']:.4g} pictures/s, {flops / config['batch'] / 1e9:.4g} GFLOP a picture, "
+          f"utilisation {flops * rate / args.rate:.1%}{memory}", flush=True)
     if args.sync_check:
         where = {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)}
         said = ", ".join(sorted(where)) or "none" if CUDA else "no card here"
         print(f"  waits for the card inside a step: {said}", flush=True)
 
 
-def stages(args, image_encoder: str, text_encoder: str, pictures: str):
+def stages(args, image_encoder: str, text_encoder: str, pictures: str, device):
     """svae, psvae (its encoding too) and dit, as typed."""
     recompute = ["--checkpointing"] * args.checkpointing
     given = ["--data", pictures] if args.preset == "full" else ["--count", str(args.pictures)]
     given += ["--preset", args.preset, "--encoder", image_encoder]
+    size = ["--size", args.size] if args.preset == "full" else []
     if args.preset == "full":
-        full_path.build_vgg(Path(args.work) / "torch")
-    if "svae" in args.only:
-        stage(args, "svae", svae.main, given)
-    if "psvae" in args.only:
-        stage(args, "psvae", psvae.main, [*given, *recompute])
-    if "dit" in args.only:
-        size = ["--size", args.size] if args.preset == "full" else []
-        stage(args, f"dit {args.size}".strip(), dit.main, ["--text-encoder", text_encoder, *size, *recompute])
+        build_vgg(Path(args.work) / "torch")
+    for name, program, argv in (("svae", svae.main, given), ("psvae", psvae.main, [*given, *recompute]),
+                                ("dit", dit.main, ["--text-encoder", text_encoder, *size, *recompute])):
+        if name in args.only:
+            stage(args, f"{name} {args.size}".strip() if name == "dit" else name, program, argv, device)
+
+
+def path(args, image_encoder: str, text_encoder: str, pictures: str, device):
+    """All stages of the full preset as typed, then a picture; with --reduced everything small."""
+    out = Path(args.work) / "path"
+    common = ["--fresh", "--out", str(out), "--steps", "2", "--batch", str(args.batch or 2), "--log-every", "1",
+              "--workers", "0", "--device", args.device, *(["--precision", "fp32"] * (not CUDA and not args.reduced))]
+    small = ["--image-size", "64", "--z-dim", "16"] if args.reduced else []
+    widths = ["--widths", "16,16,8,8", "--lpips-weight", "0"] if args.reduced else []
+    if not args.reduced:
+        build_vgg(Path(args.work) / "torch")
+    dit_size = ["--width", "64", "--depth", "2", "--heads", "2"] if args.reduced else ["--size", args.size or "B"]
+    lines = [("svae", svae.main, ["--data", pictures, "--encoder", image_encoder, *common, *small]),
+             ("psvae", psvae.main, [*common, *widths]),
+             ("dit", dit.main, ["--text-encoder", text_encoder, *common, *dit_size]),
+             ("sample", sample.main, ["--prompt", "a photo of a tench", "-n", "1", "--steps", "4", "--model",
+                                      str(out), "--out", str(out / "sample.png"), "--device", args.device])]
+    for name, program, argv in lines:
+        begin = time.monotonic()
+        if program(argv):
+            raise data.UserError(f"python {name}.py {' '.join(argv)} failed.")
+        print(f"path, {name}: {time.monotonic() - begin:.1f} s", flush=True)
+    print(f"the full path works: {out / 'sample.png'}")
 
 
 def picture(args, device):
@@ -238,10 +303,7 @@ def picture(args, device):
                 "pictures/s")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The DiT beside its peer
-# ------------------------------------------------------------------------------------------------------------
-
+# --- The DiT beside its peer ----------------------------------------------------------------------
 
 class Peer:
     """diffusers' PixArtTransformer2DModel, called as our DiT is."""
@@ -263,8 +325,8 @@ class Peer:
 def dit_shape(args) -> tuple:
     """grid, z_dim, d_text, width, depth, heads."""
     if args.preset == "full":
-        return 16, 96, full_path.TEXT[args.text][0], *dit.SIZES[args.size or "B"]
-    return 4, 24, 128, 192, 6, 3
+        return 16, 96, TEXT[args.text][0], *dit.SIZES[args.size or "B"]
+    return 4, 24, 128, 128, 6, 4
 
 
 def contestants(args, device) -> dict:
@@ -272,7 +334,7 @@ def contestants(args, device) -> dict:
     on CUDA each eager and compiled."""
     shape, found = dit_shape(args), {}
     torch.manual_seed(0)
-    model = dit.DiT(*shape, dit.noise_schedule(1000, 1e-4, 0.02)).to(device)
+    model = dit.DiT(*shape).to(device)
     found["ours"] = (model, model)
     with contextlib.suppress(ImportError):
         peer = Peer(*shape, device)
@@ -285,11 +347,6 @@ def contestants(args, device) -> dict:
             found[f"{name} compiled"] = (network, compiled)
         found = {"ours compiled": found.pop("ours compiled"), **found}   # what dit.py runs comes first
     return found
-
-
-def parameters(found: dict) -> str:
-    return ", ".join(f"{name} {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
-                     for name, (module, _) in found.items())
 
 
 def autocast(device):
@@ -316,7 +373,8 @@ def train(args, device):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         calls[name] = lambda step=step: [step() for _ in range(args.inner)]
-    print(f"  {parameters(found)}; {args.tokens} text tokens", flush=True)
+    print("  " + ", ".join(f"{name} {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+                           for name, (module, _) in found.items()) + f"; {args.tokens} text tokens")
     seconds = interleaved(calls, args.runs, device)
     compare(f"train, DiT {args.size or args.preset}, {grid * grid} tokens, batch {B}",
             {name: [s / args.inner for s in values] for name, values in seconds.items()}, B, "latents/s")
@@ -327,9 +385,9 @@ def ddim(args, device):
     grid, z_dim, d_text, *_ = dit_shape(args)
     alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02)
     times, found = sample.sampling_times(1000, args.sample_steps), contestants(args, device)
-    for module, call in found.values():
+    for name, (module, _) in found.items():
         module.eval()
-        if call is module and module is not found.get("ours", (None,))[0]:
+        if name == "ours compiled":
             module.denoise = torch.compile(module.denoise)               # sampling calls denoise, not forward
     for B in (1, 64) if CUDA else (1,) if args.preset == "full" else (1, 4):
         z_T = torch.randn(B, grid, grid, z_dim, device=device)
@@ -359,19 +417,18 @@ def ddim(args, device):
                 f"steps, batch {B}", interleaved(calls, args.runs, device), B, "latents/s")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------------------
-
+# --- The command line -----------------------------------------------------------------------------
 
 def parse(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=(*PARTS, "path"), metavar="PART")
     parser.add_argument("--preset", default="full" if CUDA else "tiny", choices=("full", "tiny"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--image", default="large", choices=full_path.IMAGE, help="DINOv2 of the full preset")
-    parser.add_argument("--text", default="base", choices=full_path.TEXT, help="T5 of the full preset")
+    parser.add_argument("--image", default="large" if CUDA else "small", choices=IMAGE,
+                        help="DINOv2 of the full preset")
+    parser.add_argument("--text", default="base" if CUDA else "small", choices=TEXT,
+                        help="T5 of the full preset")
     parser.add_argument("--size", default="", choices=("", *dit.SIZES), help="DiT of the full preset")
     parser.add_argument("--batch", type=int, default=0, help="0: as in the preset")
     parser.add_argument("--micro-batches", type=int, default=0)
@@ -388,9 +445,14 @@ def parse(argv: list[str] | None = None):
     parser.add_argument("--sample-steps", type=int, default=50)
     parser.add_argument("--memory-cap", type=float, default=0, help="GB of the card that may be used")
     parser.add_argument("--sync-check", action="store_true", help="names each wait for the card in a step")
+    parser.add_argument("--reduced", action="store_true", help="path with everything small: a test")
     parser.add_argument("--work", default="out/bench", help="folder for pictures, encoders and runs")
     args = parser.parse_args(argv)
     args.out = Path(args.work) / args.preset
+    if "path" in args.only:
+        args.preset, args.pictures = "full", 8
+    if args.reduced:
+        args.image = args.text = "nano"
     if args.preset == "full" and not args.size:
         args.size = "B"
     return args
@@ -399,32 +461,30 @@ def parse(argv: list[str] | None = None):
 @data.program
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    device = data.pick_device(args.device)
+    device, only, work = data.pick_device(args.device), set(args.only), Path(args.work)
     if args.memory_cap and CUDA:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_cap * 1e9 / total), device)
     torch.set_float32_matmul_precision("high")
-    rate = matrix_rate(device, *((torch.bfloat16, 8192) if CUDA else (torch.float32, 1024)))
-    known = data.peak_flops(device, "bf16")
-    data.peak_flops = lambda *_: known or rate
+    args.rate = matrix_rate(device, *((torch.bfloat16, 8192) if CUDA else (torch.float32, 1024)))
     name = torch.cuda.get_device_name(device) if CUDA else f"CPU, threads: {torch.get_num_threads()}"
-    print(f"{name}, torch {torch.__version__}: a matrix product reaches {rate / 1e12:.3g} TFLOP/s"
-          f"{f', the data sheet says {known / 1e12:.0f}' if known else ''}", flush=True)
-    pictures = ""
-    if "loading" in args.only or args.preset == "full" and {"svae", "psvae"} & set(args.only):
-        pictures = full_path.build_pictures(Path(args.work) / "pictures", args.pictures)
-    image_encoder, text_encoder = data.TINY_IMAGE_ENCODER, data.TINY_TEXT_ENCODER
-    if args.preset == "full" and {"svae", "psvae", "dit"} & set(args.only):
-        folder = Path(args.work) / "encoders"
-        image_encoder = full_path.build_image_encoder(folder / f"dinov2-{args.image}", args.image)
-        text_encoder = full_path.build_text_encoder(folder / f"t5-{args.text}", args.text)
-    if "loading" in args.only:
+    print(f"{name}, torch {torch.__version__}: a matrix product reaches {args.rate / 1e12:.3g} TFLOP/s",
+          flush=True)
+    pictures, image_encoder, text_encoder = "", data.TINY_IMAGE_ENCODER, data.TINY_TEXT_ENCODER
+    if {"loading", "path"} & only or args.preset == "full" and {"svae", "psvae"} & only:
+        pictures = build_pictures(work / "pictures", args.pictures, (96, 72) if args.reduced else (500, 375))
+    if args.preset == "full" and {"svae", "psvae", "dit", "path"} & only:
+        image_encoder = build_image_encoder(work / f"encoders/dinov2-{args.image}", args.image)
+        text_encoder = build_text_encoder(work / f"encoders/t5-{args.text}", args.text)
+    if "loading" in only:
         loading(args, pictures)
-    if {"svae", "psvae", "dit"} & set(args.only):
-        stages(args, image_encoder, text_encoder, pictures)
+    if {"svae", "psvae", "dit"} & only:
+        stages(args, image_encoder, text_encoder, pictures, device)
     for part, measure in (("picture", picture), ("train", train), ("ddim", ddim)):
-        if part in args.only:
+        if part in only:
             measure(args, device)
+    if "path" in only:
+        path(args, image_encoder, text_encoder, pictures, device)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """GenEval for the built-in world: 553 prompts over its six tasks, four pictures of each, read by the judge.
 
-    python notes/world/geneval.py                                      the model that sample.py would take:
-                                                                 2,212 pictures
-    python notes/world/geneval.py --quick                              139 prompts, a picture each:
-                                                                 a first impression
+    python notes/world/geneval.py                      the model that sample.py would take: 2,212 pictures
+    python notes/world/geneval.py --quick              139 prompts, a picture each: a first impression
+    python notes/world/geneval.py --typed              the same prompts, worded as people type them
     python notes/world/geneval.py --guidance 1 2 4 --steps 10 25 50    a sweep: quality against cost
-    python notes/world/geneval.py --seed 0 1 2                         the spread over sampling seeds
-    python notes/world/geneval.py --compare a.json b.json              the difference of two results,
-                                                                 with its interval
+    python notes/world/geneval.py --seed 0 1 2         the spread over sampling seeds
+    python notes/world/geneval.py --compare a.json b.json   the difference of two results, with its interval
 
 The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94 colours,
 100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A picture counts if the
@@ -19,6 +17,7 @@ over prompts, 95 %. Writes out/geneval.json, and out/geneval.png: failures, with
 import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -100,6 +99,26 @@ def prompts():
             if not any(room.values()):
                 break
     return rows
+
+
+def plural(word):
+    return word + ("es" if word.endswith(("s", "x")) else "s")
+
+
+SAME = {words[0]: words for words in WORDS.values()}
+SAME |= {plural(words[0]): tuple(map(plural, words)) for shape, words in WORDS.items() if shape in SHAPES}
+ANY_OF_THEM = re.compile(r"\b(%s)\b" % "|".join(sorted(SAME, key=len)[::-1]))
+
+
+def as_people_type(text, rng):
+    """The same in other words: synonyms, no articles, a capital, a full stop, each in half of the cases."""
+    text = ANY_OF_THEM.sub(lambda match: choose(rng, SAME[match[1]]), text)
+    text = re.sub(r"\ban? (?=([a-z]))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
+    if rng.random() < 0.5:
+        text = re.sub(r"\b(an?|the) ", "", text)
+    if rng.random() < 0.5:
+        text = text[0].upper() + text[1:]
+    return text + "." * (rng.random() < 0.5)
 
 
 def true_picture(requirement, rng):
@@ -283,10 +302,14 @@ def main():
     parser.add_argument("--n", type=int, default=4, help="pictures of each prompt (4)")
     parser.add_argument("--out", default="out/geneval.json",
                         help="results; failures go to the .png beside it")
+    parser.add_argument("--typed", action="store_true",
+                        help="worded as people type: synonyms, no articles, capitals, full stops")
     parser.add_argument("--prompts", action="store_true", help="only print the prompts")
     parser.add_argument("--compare", nargs=2, metavar="JSON", help="only compare two results")
     args = parser.parse_args()
     asked = prompts()
+    if args.typed:
+        asked = [row | {"text": as_people_type(row["text"], generator("typed", row["text"]))} for row in asked]
     if args.prompts:
         lines = [f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}"
                  for row in asked]
@@ -305,9 +328,9 @@ def main():
 
         result = evaluate(generate, asked, args.n, seed, args.batch)
         failures = result.pop("failures")
-        print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}\n{report(result)}",
-              flush=True)
-        results.append({"model": name, "guidance": guidance, "steps": steps, "eta": eta, **result})
+        print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}"
+              f"{', as typed' * args.typed}\n{report(result)}", flush=True)
+        results.append({"model": name, "typed": args.typed, "guidance": guidance, "steps": steps, "eta": eta, **result})
     if len(results) > 1:
         print(f"\n{'guidance':>9}{'steps':>7}{'eta':>6}{'seed':>6}{'overall':>9}"
               f"{'seen':>8}{'held out':>10}{'seconds':>9}")

@@ -1,0 +1,85 @@
+"""Draws every CSV of a run: each loss term and its held-out column against steps.
+
+    python notes/curves.py out          writes out/curves.png (matplotlib)
+"""
+
+import csv
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data                                                                              # noqa: E402
+
+SKIPPED = ("step", "seconds", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "out"                # folder with svae.csv, psvae.csv, dit.csv, or some of them
+    to: str = ""                    # the picture; default: curves.png in that folder
+
+
+def columns(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """{column: [(step, value), …]}, without what is empty or no number."""
+    found = defaultdict(list)
+    with open(path, newline="", encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            for name, value in row.items():
+                if name and name not in SKIPPED and value:
+                    found[name].append((float(row["step"]), float(value)))
+    return dict(found)
+
+
+def panels(names) -> dict[str, list[str]]:
+    """{title: columns drawn together}: a term with what was held out of it."""
+    together = defaultdict(list)
+    for name in names:
+        together[name.removeprefix("held_out_")].append(name)
+    return dict(together)
+
+
+def draw(files: list[Path], to: Path):
+    try:
+        import matplotlib
+    except ImportError:
+        raise data.UserError("matplotlib is missing: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = {path.stem: columns(path) for path in files}
+    width = max(len(panels(found)) for found in rows.values())
+    figure, axes = plt.subplots(len(rows), width, figsize=(3.2 * width, 2.6 * len(rows)), squeeze=False,
+                                layout="constrained")
+    for line, (stage, found) in zip(axes, rows.items()):
+        for axis, (title, names) in zip(line, panels(found).items()):
+            for name in names:
+                held_out = name.startswith("held_out_")
+                axis.plot(*zip(*found[name]), "o-" if held_out else "-", ms=3, color="C1" if held_out else "C0",
+                          lw=1.5 if held_out else 0.7, label="held out" if held_out else "training")
+            if all(value > 0 for name in names for _, value in found[name]) and title != "psnr":
+                axis.set_yscale("log")
+            axis.set_title(f"{stage}: {title}", fontsize=9)
+            axis.legend(fontsize=7)
+        for axis in line[len(panels(found)):]:
+            axis.axis("off")
+    with data.atomic(to) as partial:
+        figure.savefig(partial, dpi=100, format="png")
+    plt.close(figure)
+    print(f"wrote {to}")
+
+
+@data.program
+def main(argv: list[str] | None = None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--out")
+    cfg = Config(**data.read_flags(Config, argv, __doc__))
+    files = [path for stage in ("svae", "psvae", "dit") if (path := Path(cfg.out) / f"{stage}.csv").exists()]
+    if not files:
+        raise data.UserError(f"no svae.csv, psvae.csv or dit.csv in {cfg.out}.")
+    draw(files, Path(cfg.to) if cfg.to else Path(cfg.out) / "curves.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -288,9 +288,6 @@ def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     rows = [[name, *(at(name, cfg.steps, measure) for measure in columns), str(len(runs[name]))]
             for name in runs]
     parts.append(f"Every space after {cfg.steps:,} steps:\n\n{table(heads, rows)}")
-    rows = [[name, *(floor(name, measure) for measure in columns), str(len(runs[name]))]
-            for name in runs if name.startswith("latent")]
-    parts.append(f"The autoencoders alone, true points there and back:\n\n{table(heads, rows)}")
     seconds = [run["seconds"] for seeds in runs.values() for run in seeds]
     parts.append(f"± is the standard deviation over seeds. {len(seconds)} runs of "
                  f"{statistics.median(seconds):.0f} s (median), {sum(seconds) / 60:.0f} minutes in all; "

@@ -152,8 +152,7 @@ def accept(name: str, train: Folder, held_out: Folder, max_broken: float):
     rows = len(train.rows) + len(held_out.rows) * (held_out is not train)
     tolerate(train.skipped, len(train.skipped) + rows, max_broken, f"rows of {name or train.root}")
     if not train.rows:
-        raise UserError(f"--data {name}: no images in it that could be trained on "
-                        f"({', '.join(sorted(SUFFIXES))}).")
+        raise UserError(f"--data {name}: no images in it ({', '.join(sorted(SUFFIXES))}).")
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str, least: int = 1):
@@ -184,10 +183,6 @@ def unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def is_inside(path: Path, folder: Path) -> bool:
-    return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
-
-
 def _draw_world(top: Path, count: int):
     """Draws the built-in world unless it is there; of two programs at once, one is refused."""
     if (top / "world.json").exists():
@@ -210,8 +205,7 @@ def _plain(name: str) -> str:
     return stem + suffix.lower()
 
 
-def _kind(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+_kind = lambda name: os.path.splitext(name)[1].lower()
 
 
 def _read(top: Path, say) -> tuple[Folder, tuple[str, ...]]:
@@ -265,7 +259,6 @@ def _listing(top: Path, broken: list[str]) -> dict[str, list[str]]:
         seen.add((here.st_dev, here.st_ino))
         for entry in sorted(os.scandir(os.path.join(top, folder)), key=lambda entry: entry.name):
             name, link = posixpath.join(folder, entry.name), entry.is_symlink()
-            kind = _kind(name)
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue                               # no person put it there
             if os.path.isdir(entry.path) if link else entry.is_dir():
@@ -273,7 +266,7 @@ def _listing(top: Path, broken: list[str]) -> dict[str, list[str]]:
             elif not (os.path.isfile(entry.path) if link else entry.is_file()):
                 broken.append(f"{name!r}: no file (a broken link, or a pipe)")
             else:
-                if not kind:                           # a picture all the same?
+                if not (kind := _kind(name)):          # a picture all the same?
                     with contextlib.suppress(Exception), Image.open(entry.path, formats=FORMATS):
                         kind = ".png"
                 found["images" if kind in SUFFIXES else
@@ -353,14 +346,14 @@ def _from_names(whole: Folder, images: list[str], sides: tuple[str, ...]):
 
 def _titles(top: Path) -> dict[str, str]:
     """ImageNet's wnid -> first name; where Kaggle keeps val/ flat, picture -> name of its class."""
-    path = top / IMAGENET[0] if (top / IMAGENET[0]).is_file() else HERE / "notes/imagenet_names.txt"
-    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-    titles = {wnid: names.split(",")[0].strip()
-              for wnid, _, names in (line.partition(" ") for line in lines) if names}
-    if (top / IMAGENET[1]).is_file():                  # picture,wnid x y x y ...
-        with _open(top / IMAGENET[1]) as lines:
+    path, val = (top / name for name in IMAGENET)
+    with _open(path if path.is_file() else HERE / "notes/imagenet_names.txt") as lines:
+        titles = {wnid: names.split(",")[0].strip()
+                  for wnid, _, names in (line.partition(" ") for line in lines) if names}
+    if val.is_file():                                  # picture,wnid x y x y ...
+        with _open(val) as lines:
             titles |= {picture: titles.get(wnid.split(" ")[0], "")
-                       for picture, _, wnid in (line.strip().partition(",") for line in lines)}
+                       for picture, _, wnid in (line.partition(",") for line in lines)}
     return titles
 
 
@@ -1539,8 +1532,7 @@ def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
     _, _, axes = torch.linalg.svd(first - mean, full_matrices=False)
     axes = F.pad(axes, (0, 0, 0, max(0, 3 - len(axes))))[:3]           # fewer than 3: no blue
     axes = axes * torch.where(axes.sum(1, keepdim=True) < 0, -1, 1)    # the sign of an axis is free
-    low, high = torch.quantile((first - mean) @ axes.T,
-                               torch.tensor([0.02, 0.98], dtype=torch.double), dim=0)
+    low, high = torch.quantile((first - mean) @ axes.T, torch.tensor([0.02, 0.98]).double(), dim=0)
     out = []
     for one in maps:
         colours = ((one.detach().double().cpu() - mean) @ axes.T - low) / (high - low + 1e-9)
@@ -1562,16 +1554,15 @@ def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
     y = gap + 16 * bool(heads)
     sheet = Image.new("RGB", (max(map(len, rows)) * (width + gap) + gap,
                               y + sum(height + gap + tail for tail in tails)), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, x = ImageDraw.Draw(sheet), lambda i: gap + i * (width + gap)
     for i, text in enumerate(heads or []):
-        pen.text((gap + i * (width + gap), 2), *_drawable(text))
-    for row, lines, tail in zip(rows, cells, tails):
+        pen.text((x(i), 2), *_drawable(text))
+    for row, texts, tail in zip(rows, cells, tails):
         for i, picture in enumerate(row):
-            x, image = gap + i * (width + gap), Image.fromarray(picture)
-            sheet.paste(image.resize((image.width * scale, image.height * scale),
-                                     Image.Resampling.NEAREST), (x, y))
-            for j, line in enumerate(lines[i] if i < len(lines) else []):
-                pen.text((x, y + height + 2 + 13 * j), *line)
+            sheet.paste(Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)), (x(i), y))
+        for i, lines in enumerate(texts):
+            for j, line in enumerate(lines):
+                pen.text((x(i), y + height + 2 + 13 * j), *line)
         y += height + gap + tail
     return sheet
 

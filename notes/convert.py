@@ -57,6 +57,10 @@ class Config:
             raise data.UserError(f"--out {self.out}: give the name of a folder that is not there yet.")
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Samples: (name, columns); a picture is (suffix, bytes of a tar's member or path of a file)
 # ------------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def keep(columns: dict, suffix: str, content: bytes) -> bool:
 def from_prompts(src: Path, skipped: list[str]):
     """InstructPix2Pix's own tree: <name>/prompt.json {"edit"}, <name>/<seed>_0.jpg -> <seed>_1.jpg."""
     for prompt in sorted(src.glob("*/prompt.json")):
-        fields = data.read_json(prompt) if data.is_inside(prompt, src) else {}
+        fields = data.read_json(prompt) if is_inside(prompt, src) else {}
         for before in sorted(prompt.parent.glob("*_0.jpg")):
             yield str(before.relative_to(src)), {
                 "original_image": str(before.relative_to(src)), "edit_prompt": fields.get("edit"),
@@ -177,7 +181,7 @@ class Writer:
         if isinstance(value, str):                     # a path of a folder's file
             path = self.src / value
             suffix = path.suffix.lower()
-            if suffix not in data.SUFFIXES or "\0" in value or not data.is_inside(path, self.src) \
+            if suffix not in data.SUFFIXES or "\0" in value or not is_inside(path, self.src) \
                     or not path.is_file():
                 raise ValueError(f"{value[:200]!r} is not there, no picture, or leaves the folder")
         elif isinstance(value, tuple):
@@ -216,7 +220,7 @@ def samples(src: Path, skipped: list[str]):
                              + (f", but {parquet.name}: parquet has to be exported first "
                                 f"(`python notes/convert.py --help` says how)." if parquet else "."))
     for path in (*tars, *tables):
-        if not path.is_file() or not data.is_inside(path, src):
+        if not path.is_file() or not is_inside(path, src):
             skipped.append(f"{path.name}: no file, or a link that leaves the folder")
         else:
             yield from (from_tar if path.suffix == ".tar" else from_table)(path, skipped)

@@ -7,7 +7,7 @@ No mathematics of the paper is in this file.
     4 checkpoints                        save, load, load_weights, fingerprint
     5 a run                              Run: device, precision, ranks, lock, signals, loss log
     6 the command line                   read_flags, configure, program
-    7 pictures for people                grid, pca_colours, save_png
+    7 pictures for people                grid, pca_colours, save_picture
 
     python data.py [--data DIR]       counts, sizes, captions, what is broken; out/data.png is a contact sheet
 

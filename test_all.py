@@ -1195,8 +1195,8 @@ FOLDERS = {
                     "not read are 3 files .* 1 like 'x.parquet', 2 like 'c.heic'"),
     "ImageNet": kaggle(""),
     "ImageNet as Kaggle has it": kaggle("ILSVRC/Data/CLS-LOC/"),
-    "Train and Val": ({"Train/cat/1.png": "cat", "Train/dog/2.png": "dog", "Val/dog/3.png": "dog"},
-                      {}, ""),
+    "split names": ({"Train/cat/1.png": "cat", "Train/dog/2.png": "dog",
+                     "Validation/dog/3.png": "dog"}, {}, ""),
     "three splits": ({"x/training/1.png": "1", "x/valid/2.png": "2", "x/test/3.png": None,
                       "4.png": None}, {}, "2 pictures outside x/training/ and x/valid/: .*'4.png'"),
     "texts": ({"a.png": "fox", "b.v2.JPG": "два"}, {"a.TXT": " fox\n", "b.v2.txt": "два"}, ""),
@@ -1240,8 +1240,12 @@ def test_a_folder_is_understood_or_it_is_said_what_is_not(tmp_path, capsys, what
     top, read = folder_of(tmp_path / "in", pictures, files), {}
     with contextlib.nullcontext() if any(pictures.values()) else pytest.raises(data.UserError):
         for part in data.read_folder(top, max_broken=1):
-            read |= {os.path.relpath(part.path(image), top): text for image, text, _ in part.rows}
-    assert read == {name: text for name, text in pictures.items() if text} | MORE.get(what, {})
+            last = {os.path.relpath(part.path(image), top): text for image, text, _ in part.rows}
+            read |= last
+    expected = {name: text for name, text in pictures.items() if text} | MORE.get(what, {})
+    assert read == expected
+    if val := {name for name in expected if re.search("(^|/)val", name, re.I)}:
+        assert last.keys() == val                      # held out
     said = re.sub(".*too few pictures to hold any out.*\n", "", capsys.readouterr().out)
     assert (re.search(words, said, re.S) if words else not said) and "\x1b" not in said
 

@@ -124,8 +124,8 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
     if not name and torch.distributed.is_initialized():       # wait for the rank that draws
         together(torch.distributed.barrier)
     if not top.is_dir():
-        raise UserError(f"--data {name}: no such folder{' (it is a file)' * top.exists()}. "
-                        f"Give a folder of images, or leave --data out for the built-in world.")
+        why = " is a file; a folder of images is needed" if top.exists() else ": no such folder"
+        raise UserError(f"--data {name}{why}. Without --data it is the built-in world.")
     whole, sides = _read(top, say if name else lambda _: None)         # nothing on our own world
     held = [name.startswith(sides[1]) if sides[1:] else zlib.crc32(
                 name[len(sides[0]):].encode("utf-8", "surrogateescape")) % HELD_OUT == 0

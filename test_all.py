@@ -3344,14 +3344,14 @@ def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypa
 
 
 def test_a_linear_read_out_is_ridge_regression_on_one_hot_answers():
-    f, f_test = randn(40, 4), randn(9, 4, seed=1)
-    values = [("low", "middle", "high")[int(v > -0.4) + int(v > 0.4)] for v in f[:, 0]]
+    f, f_test = 0.03 * randn(40, 4), 0.03 * randn(100, 4, seed=1)          # small: the penalty counts
+    values = [("low", "middle", "high")[int(v > -0.012) + int(v > 0.012)] for v in f[:, 0]]
     rows = np.concatenate([np.c_[f.numpy(), np.ones(40)], 0.1 * np.eye(5)])
     answers = np.array([[value == kind for kind in ("high", "low", "middle")] for value in values] + [[0] * 3] * 5)
-    said = (np.c_[f_test.numpy(), np.ones(9)] @ np.linalg.lstsq(rows, answers, rcond=None)[0]).argmax(1)
+    said = (np.c_[f_test.numpy(), np.ones(100)] @ np.linalg.lstsq(rows, answers, rcond=None)[0]).argmax(1)
     asked = [("high", "low", "middle")[k] for k in said]
     asked[0] = "none"                                                       # one that is told wrong
-    assert pretrain_tiny.linear_read_out(f, {"x": values}, f_test, {"x": asked}) == {"x": pytest.approx(8 / 9)}
+    assert pretrain_tiny.linear_read_out(f, {"x": values}, f_test, {"x": asked}) == {"x": pytest.approx(0.99)}
 
 
 def test_the_forced_choice_reads_true_pictures_also_blurred_ones_that_the_judge_may_refuse():
@@ -3375,8 +3375,8 @@ def test_near_edges_are_the_pixels_within_reach_of_a_step_of_colour():
 def test_pictures_of_the_lab_are_what_their_prompts_and_orders_say(lattice):
     scenes = [lab.one_object(i, split, lattice) for i in range(30) for split in ("train", "held out")]
     assert not any(lab.world.holds_out(scene.objects) for scene in scenes) and len(set(scenes)) == 60
-    on = [o.x % 16 == 0 == o.y % 16 for scene in scenes for o in scene.objects]
-    assert all(on) if lattice else np.mean(on) < 0.2
+    off = [abs((v + 8) % 16 - 8) for scene in scenes for o in scene.objects for v in (o.x, o.y)]
+    assert max(off) == 0 if lattice else np.mean(off) > 2
     changed = collections.Counter()
     for i, scene in enumerate(scenes):
         picture = lab.world.draw(scene)
@@ -3388,6 +3388,7 @@ def test_pictures_of_the_lab_are_what_their_prompts_and_orders_say(lattice):
         changed.update(differs)
         assert len(differs) <= 1 and lab.is_read_as(lab.world.draw(target), target)[0]
         for name in differs:
+            assert lab.is_read_as(picture, target) == (False, True)
             assert lab.FACTS[name][lab.facts(target)[list(lab.FACTS).index(name)]] in order
     assert set(changed) == {"background", "colour", "size", "place"}
     assert lab.is_read_as(np.zeros((64, 64, 3), np.uint8), scenes[0])[0] is False

@@ -97,17 +97,22 @@ FACTS = {"background": tuple(world.BACKGROUNDS), "colour": tuple(world.COLOURS),
          "size": tuple(world.SIZES), "place": tuple(world.PLACES.values())}
 
 
+def placed(o: world.Object, rng, lattice: bool) -> world.Object:
+    """o on the lattice; or anywhere within half a step of it, and inside the picture."""
+    o, = world.place([o], rng)
+    if not lattice:
+        corners = world.polygon(o.shape, o.size)
+        low, high = world.MARGIN - corners.min(0), world.CANVAS - world.MARGIN - corners.max(0)
+        x, y = np.clip((o.x, o.y) + rng.uniform(-7.9, 7.9, 2), low, high)
+        o = replace(o, x=float(x), y=float(y))
+    return o
+
+
 def one_object(index: int, split: str, lattice: bool = True) -> world.Scene:
     """Scene `index`: one filled object on a background, of the pairs that training shows."""
     rng = world.generator("lab", split, index)
     colour, shape = world.pick_look(rng, "train")
-    thing, = world.place([world.Object(shape, colour, world.choose(rng, world.SIZES), "filled")], rng)
-    if not lattice:             # anywhere within half a step of the lattice, and inside the picture
-        left, top, right, bottom = world.room(shape, thing.size)[:4]
-        corners = world.polygon(shape, thing.size)
-        low, high = world.MARGIN - corners.min(0), world.CANVAS - world.MARGIN - corners.max(0)
-        x, y = np.clip((thing.x, thing.y) + rng.uniform(-7.9, 7.9, 2), low, high)
-        thing = replace(thing, x=float(x), y=float(y))
+    thing = placed(world.Object(shape, colour, world.choose(rng, world.SIZES), "filled"), rng, lattice)
     return world.Scene(world.choose(rng, world.BACKGROUNDS), (thing,))
 
 
@@ -146,8 +151,7 @@ def edit_of(scene: world.Scene, index: int, lattice: bool) -> tuple[str, world.S
         edges = world.polygon(o.shape, size) + (o.x, o.y)
         if edges.min() >= world.MARGIN and edges.max() <= world.CANVAS - world.MARGIN:
             return f"make the {o.shape} {size}", replace(scene, objects=(moved,))
-    other = one_object(index, "places", lattice).objects[0]
-    moved = replace(o, x=other.x, y=other.y)
+    moved = placed(o, rng, lattice)
     return f"move the {o.shape} to the {place_of(moved)}", replace(scene, objects=(moved,))
 
 

@@ -344,8 +344,9 @@ def main():
         errors = [np.mean(np.subtract(a, b, dtype=float) ** 2) for a, b in zip(changed, true)]
         psnr = np.mean(10 * np.log10(255 ** 2 / np.array(errors)))
         facts, whole, wrong = measure(changed, truths[which])
-        print(f"{name}, {psnr:.1f} dB: {facts:.2%} of the facts, {whole:.2%} of the pictures right; most often "
-              + ", ".join(f"{fact} {a} as {b} ({n})" for (fact, a, b), n in wrong.most_common(5)))
+        print(f"{name}, {psnr:.1f} dB: {facts:.2%} of the facts, {whole:.2%} of the pictures right")
+        for (fact, a, b), n in wrong.most_common(5):
+            print(f"    {fact} {a} read as {b}: {n} times")
 
     after("the same, softened", [soften(picture, rng) for picture in pictures])
     if args.model:

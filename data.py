@@ -1,54 +1,57 @@
-"""data.py - everything a stage needs that the guide does not define.
-No mathematics of the paper is in this file.
+"""data.py - everything a stage needs that the guide does not define: no mathematics of the paper.
 
     1 folders of images and captions     read_folder -> Folder, Pictures, batches
-    2 pretrained networks                load_image_encoder (DINOv2), load_text_encoder (T5), load_lpips
+    2 pretrained networks                load_image_encoder, load_text_encoder, load_lpips
     3 the randomness of a step           generator, order
-    4 checkpoints                        save, load, load_weights, fingerprint
-    5 a run                              Run: device, precision, ranks, lock, signals, loss log
+    4 checkpoints and files              save, load, load_weights, fingerprint
+    5 a run                              Run: device, precision, ranks, lock, signals, log
     6 the command line                   read_flags, configure, program
     7 pictures for people                grid, pca_colours, save_picture
+    8 datasets of latents and texts      Latents, Texts
 
-    python data.py [--data DIR]       counts, sizes, captions, what is broken; out/data.png is a contact sheet
+    python data.py [--data DIR]       counts, sizes, captions, what is broken; out/data.png, a sheet
 
-The stages (svae.py, psvae.py, dit.py) share this file and nothing else. Images are uint8 (3, S, S) when they
-leave the loader and float in [-1, 1] from then on; features and latents are (B, h, w, channels), as the guide
-writes them.
+The stages (svae.py, psvae.py, dit.py) share this file and nothing else. Images are uint8 (3, S, S)
+when they leave the loader and float in [-1, 1] from then on; features and latents are
+(B, h, w, channels), as the guide writes them.
 """
+
+import contextlib
+import signal
+
+with contextlib.suppress(ValueError):                  # Ctrl-C while libraries load: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import ast
-import contextlib
 import csv
 import errno
-import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import io
 import itertools
 import json
 import math
 import multiprocessing.queues
+import operator
 import os
 import posixpath
 import re
+import shlex
 import shutil
-import signal
-import socket
 import sys
-import threading
 import time
 import typing
 import unicodedata
-import urllib.parse
-import urllib.request
 import warnings
 import zlib
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.nn as nn
@@ -56,12 +59,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
+with contextlib.suppress(ValueError):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).resolve().parent
-FORMAT = 1                     # of checkpoints and latents; another number is refused, never guessed at
+FORMAT = 1                     # of checkpoints; another number is refused, never guessed at
 
 
 class UserError(Exception):
-    """Wrong input, told to a person in one line: what, the value, what is allowed, the next command."""
+    """Wrong input, told in one line: what, the value, what is allowed, the next command."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
     if not name and os.environ.get("RANK", "0") == "0":
         _draw_world(top, count)
     if not name and torch.distributed.is_initialized():       # wait for the rank that draws
-        together(torch.distributed.barrier)
+        torch.distributed.barrier()
     if not top.is_dir():
         why = " is a file; a folder of images is needed" if top.exists() else ": no such folder"
         raise UserError(f"--data {name}{why}. Without --data it is the built-in world.")
@@ -569,62 +575,64 @@ def to_float(images: torch.Tensor, device) -> torch.Tensor:
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2 Pretrained networks
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio",
-                "hidden_act", "image_size", "patch_size", "num_channels", "qkv_bias", "layer_norm_eps",
-                "layerscale_value", "use_swiglu_ffn", "num_register_tokens")
-TINY_IMAGE_ENCODER, TINY_TEXT_ENCODER = "notes/tiny/image_encoder", "notes/tiny/text_encoder"
+ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                "mlp_ratio", "hidden_act", "image_size", "patch_size", "num_channels", "qkv_bias",
+                "layer_norm_eps", "layerscale_value", "use_swiglu_ffn", "num_register_tokens")
+TINY_IMAGE_ENCODER = "notes/tiny/image_encoder"
+TINY_TEXT_ENCODER = "notes/tiny/text_encoder"
 
 
 class ImageEncoder(nn.Module):
-    """A DINOv2 (with or without registers):
-    x (B, 3, H, W) in [-1, 1] -> patch features f (B, h, w, d) in fp32.
+    """A DINOv2, with or without registers: x (B, 3, H, W) in [-1, 1] -> f (B, h, w, d) in fp32.
 
-    H = W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16 px of the
-    picture. f is last_hidden_state, after the final LayerNorm; CLS and register tokens are dropped. Always in
-    eval mode.
+    H = W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16
+    px. f is last_hidden_state, after the final LayerNorm, without CLS and register tokens. Always
+    in eval mode.
     """
 
     def __init__(self, network):
         super().__init__()
         self.network = network.eval()
-        self.network.embeddings.mask_token.requires_grad_(False)       # never used: it would have no gradient
+        self.network.embeddings.mask_token.requires_grad_(False)       # unused: it has no gradient
         self.dim, self.patch = network.config.hidden_size, network.config.patch_size
         self.extra_tokens = 1 + getattr(network.config, "num_register_tokens", 0)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True):
-        super().train(False)                           # no dropout, but recomputation wants training mode
+        super().train(False)                           # no dropout; recomputation wants training
         for module in self.network.modules():
             module.training = mode and getattr(module, "gradient_checkpointing", False)
         return self
 
     def recompute_activations(self):
-        """Trades a forward pass for memory in the backward pass; takes effect at the next train()."""
+        """Trades a forward pass for memory going back; takes effect at the next train()."""
         # transformers 5.23 renamed it
-        getattr(self.network, "activation_checkpointing_enable", self.network.gradient_checkpointing_enable)()
+        getattr(self.network, "activation_checkpointing_enable",
+                self.network.gradient_checkpointing_enable)()
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens, CLS first: (B, extra_tokens + h w, d)."""
         size = x.shape[-1] // 16 * self.patch
-        x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
+        x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True,
+                          align_corners=False)
         x = ((x + 1) / 2 - self.mean) / self.std
         return self.network(pixel_values=x).last_hidden_state.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         side = x.shape[-1] // 16
         f = self.tokens(x)[:, self.extra_tokens:]
-        assert f.shape[1] == side * side, f"{f.shape[1]} patch tokens for a grid of {side} x {side}"
+        assert f.shape[1] == side * side, f"{f.shape[1]} patch tokens, a grid of {side} x {side}"
         return f.unflatten(1, (side, side))
 
     @property
     def description(self) -> dict:
-        """The architecture as plain types, for build_image_encoder; the same in every transformers."""
+        """The architecture as plain types, for build_image_encoder; alike in every transformers."""
         config = self.network.config.to_dict()
         return {name: config[name] for name in ARCHITECTURE if name in config}
 
@@ -632,156 +640,140 @@ class ImageEncoder(nn.Module):
 def load_image_encoder(name: str) -> ImageEncoder:
     """A DINOv2 by hub name or local folder, in fp32. Raises UserError."""
     from transformers import AutoModel
-    return ImageEncoder(_load_pretrained(AutoModel, name, ("dinov2", "dinov2_with_registers"), torch.float32))
+    types = ("dinov2", "dinov2_with_registers")
+    return ImageEncoder(_load_pretrained(AutoModel, name, types, torch.float32))
 
 
 def build_image_encoder(description: dict) -> ImageEncoder:
     """The same architecture without its weights, for a checkpoint that brings them."""
     from transformers import AutoConfig, AutoModel
-    try:
-        settings = {name: description[name] for name in ARCHITECTURE if name in description}
-        if any(isinstance(value, (int, float)) and not 0 <= value <= 65536 for value in settings.values()):
-            raise ValueError("a size out of range")
-        return ImageEncoder(AutoModel.from_config(AutoConfig.for_model(**settings), dtype=torch.float32))
-    except Exception as error:                         # transformers raises nearly anything on rubbish
-        raise UserError(f"the encoder's description in the checkpoint does not fit ({_first_line(error)}).")
+    settings = {name: description[name] for name in ARCHITECTURE if name in description}
+    config = AutoConfig.for_model(**settings)
+    return ImageEncoder(AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False))
 
 
 class TextEncoder:
-    """A T5 encoder with its tokenizer.
-    Call it with captions: (B, L, d) float32 and a mask (B, L), True at tokens.
+    """A frozen T5 encoder with its tokenizer: captions -> (B, L, d) float32, mask (B, L).
 
-    L is the longest caption of the call, in tokens; what is longer than max_tokens is cut.
-    "" is the single token </s>.
+    L is the longest caption of the call, in tokens; what is longer than max_tokens is cut. The mask
+    is True at tokens. "" is the single token </s>.
     """
 
     def __init__(self, network, tokenizer, max_tokens: int):
-        self.network, self.tokenizer, self.max_tokens = (network.eval().requires_grad_(False), tokenizer,
-                                                         max_tokens)
-        self.dim = network.config.d_model
+        self.network, self.tokenizer = network.eval().requires_grad_(False), tokenizer
+        self.max_tokens, self.dim = max_tokens, network.config.d_model
 
     def tokenize(self, captions: list[str]):
-        return self.tokenizer([unicode(caption) for caption in captions], return_tensors="pt", padding=True,
+        return self.tokenizer(list(map(unicode, captions)), return_tensors="pt", padding=True,
                               truncation=True, max_length=self.max_tokens)
 
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption, before any is cut."""
+        return [len(ids) for ids in self.tokenizer(list(map(unicode, captions)))["input_ids"]]
+
     def fingerprint(self) -> str:
-        """sha256 over the beginning of every weight, in bf16: the same on every device, and quick."""
+        """sha256 over the beginning of every weight, in bf16: alike on every device, and quick."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
+            head = value.flatten()[:1024].bfloat16().view(torch.int16).cpu()
             digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.flatten()[:1024].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+            digest.update(head.numpy().tobytes())
         return digest.hexdigest()
-
-    def is_cut(self, caption: str) -> bool:
-        return len(self.tokenizer(unicode(caption))["input_ids"]) > self.max_tokens
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = next(self.network.parameters()).device
-        tokens = self.tokenize(captions).to(device)
-        embeddings = self.network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return embeddings.last_hidden_state.float(), tokens["attention_mask"].bool()
+        tokens = self.tokenize(captions).to(next(self.network.parameters()).device)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        out = self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+        return out.float(), mask.bool()
 
 
 def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEncoder:
-    """A T5 by hub name or local folder: bf16 on CUDA (fp16 overflows in its feed-forward), fp32 on a CPU."""
+    """A T5 by hub name or local folder: bf16 on CUDA (fp16 overflows in it), fp32 on a CPU."""
     from transformers import AutoModelForTextEncoding, AutoTokenizer
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     network = _load_pretrained(AutoModelForTextEncoding, name, ("t5", "mt5", "umt5"), dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local(name), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(_local(name), local_files_only=True,
+                                                  trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded ({_first_line(error)}). google/flan-t5-* "
-                        f"bring one that needs no further package; "
+        raise UserError(f"the tokenizer of {name} cannot be loaded ({_first_line(error)}). "
+                        f"google/flan-t5-* bring one that needs no further package; "
                         f"google/t5-v1_1-* need sentencepiece and protobuf.")
     known = [i for i in tokenizer("a red circle")["input_ids"] if i != tokenizer.unk_token_id]
     if len(tokenizer) < 200 or len(known) < 3:
-        raise UserError(f"the tokenizer of {name} has lost its vocabulary ({len(tokenizer)} tokens): "
-                        f"its folder needs tokenizer.json or spiece.model.")
+        raise UserError(f"the tokenizer of {name} has lost its vocabulary ({len(tokenizer)} "
+                        f"tokens): its folder needs tokenizer.json or spiece.model.")
     return TextEncoder(network.to(device), tokenizer, max_tokens)
 
 
 def _local(name: str) -> str:
-    """A folder as typed, or relative to this clone (the shipped encoders), or a name for the hub."""
+    """A folder as typed, or in this clone (the shipped encoders), or a name for the hub."""
     for path in (Path(name).expanduser(), HERE / name):
         if path.is_dir():
             return str(path)
     return name
 
 
+def absolute(name: str) -> str:
+    """A folder's name that is understood from any folder; anything else as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.is_dir() and not (HERE / name).is_dir() else name
+
+
 def _load_pretrained(kind, name: str, model_types: tuple[str, ...], dtype):
-    """from_pretrained, but nothing half-loaded: transformers silently fills what is missing at random."""
+    """from_pretrained, but nothing half-loaded: transformers fills what is missing at random."""
     import transformers
-    from transformers import AutoConfig
-    path = _local(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if path == name and not os.path.isdir(name) and looks_local:
-        raise UserError(f"no such folder: {name} (an encoder is a folder saved by save_pretrained, or a hub "
-                        f"name such as facebook/dinov2-large).")
+    from transformers import AutoConfig, AutoTokenizer
+    path, no_code = _local(name), {"trust_remote_code": False}
+    if path == name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and (
+            not os.path.isdir(name)):
+        raise UserError(f"no such folder: {name} (an encoder is a folder saved by save_pretrained, "
+                        f"or a hub name such as facebook/dinov2-large).")
     try:
-        config, online = AutoConfig.from_pretrained(path, local_files_only=True), False
-    except Exception:
-        if os.path.isdir(path) or not _online():
-            why = ("has no readable config.json" if os.path.isdir(path)
-                   else "is not cached and no network answers")
-            raise UserError(f"{name} {why}. Give a folder saved by save_pretrained, "
-                            f"or run once where the hub can be reached.")
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **no_code)
+        online = False
+    except Exception as error:
+        if os.path.isdir(path):
+            raise UserError(f"{name} has no readable config.json ({_first_line(error)}). "
+                            f"Give a folder saved by save_pretrained.")
         print(f"downloading {name}", flush=True)
-        config, online = _or_user_error(name, AutoConfig.from_pretrained, path), True
+        config, online = _or_user_error(name, AutoConfig.from_pretrained, path, **no_code), True
     if config.model_type not in model_types:
-        raise UserError(f"{name} is a {config.model_type!r} model; needed: {' or '.join(model_types)}.")
+        raise UserError(f"{name} is a {config.model_type!r} model; "
+                        f"needed: {' or '.join(model_types)}.")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()   # what is missing or unexpected is told below
-    network, info = _or_user_error(name, kind.from_pretrained, path, dtype=dtype, output_loading_info=True,
-                                   local_files_only=not online)
-    wrong = (sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-             + sorted(map(str, info["mismatched_keys"])))
-    wrong = [key for key in wrong if "position_ids" not in key
-             and not key.startswith("lm_head.")]       # T5's last layer
+    network, info = _or_user_error(name, kind.from_pretrained, path, dtype=dtype, **no_code,
+                                   output_loading_info=True, local_files_only=not online)
+    wrong = [str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+             for key in sorted(info[what], key=str)
+             if "position_ids" not in str(key) and not str(key).startswith("lm_head.")]
     if wrong:
-        raise UserError(f"{name} does not fit its architecture: "
-                        f"{len(wrong)} weights missing or unexpected, the first {wrong[0]}.")
-    if online:                                         # the tokenizer too: later loads need no network
+        raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or "
+                        f"unexpected, the first {wrong[0]}.")
+    if online:                                         # the tokenizer too, for later loads
         with contextlib.suppress(Exception):
-            from transformers import AutoTokenizer
-            AutoTokenizer.from_pretrained(path)
+            AutoTokenizer.from_pretrained(path, **no_code)
     return network
 
 
 def _or_user_error(name, load, *args, **kwargs):
     try:
         return load(*args, **kwargs)
-    except Exception as error:                         # OSError, ValueError, SafetensorError, KeyError, ...
-        raise UserError(f"{name} cannot be loaded: {_first_line(error)}")
+    except Exception as error:                         # OSError, ValueError, SafetensorError, ...
+        raise UserError(f"{name} cannot be loaded: {_first_line(error)}. A hub name is downloaded "
+                        f"once, which needs the network; a folder of your own does not.")
 
 
-def _first_line(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-
-
-def _online(timeout: float = 2.0) -> bool:
-    """Whether the hub answers (or its mirror HF_ENDPOINT, or the proxy on the way to it).
-    Asked in a thread: looking up a name knows no timeout, and a name can have eight addresses to try."""
-    proxy, mirror = urllib.request.getproxies().get("https"), os.environ.get("HF_ENDPOINT")
-    url, answers = proxy or mirror or "https://huggingface.co", []
-    parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
-
-    def ask():
-        with contextlib.suppress(OSError, ValueError):
-            port = parts.port or (80 if parts.scheme == "http" else 443)
-            socket.create_connection((parts.hostname, port), timeout).close()
-            answers.append(True)
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(answers)
+def _first_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def load_lpips(device) -> nn.Module:
-    """LPIPS with VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) pairs in [-1, 1] -> (B, 1, 1, 1).
+    """LPIPS with VGG16 (Zhang et al. 2018), frozen: pairs (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
 
-    Raises UserError naming --lpips-weight 0 where the package,
-    torchvision or VGG's weights (553 MB) cannot be had.
+    Raises UserError where the package, torchvision or VGG's weights (553 MB) cannot be had.
     """
     try:
         import lpips
@@ -789,7 +781,7 @@ def load_lpips(device) -> nn.Module:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             network = lpips.LPIPS(net="vgg", verbose=False)
-    except Exception as error:                         # ImportError, URLError, torchvision's RuntimeError
+    except Exception as error:                         # ImportError, URLError, RuntimeError, ...
         raise UserError(f"the perceptual loss needs lpips, torchvision and VGG16's weights "
                         f"({_first_line(error)}). Go without it: --lpips-weight 0.")
     return network.eval().requires_grad_(False).to(device)
@@ -800,14 +792,16 @@ def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + eps ** 2)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3 The randomness of a step
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def generator(seed: int, stage: str, step: int, what: str, device="cpu") -> torch.Generator:
     """The generator for one purpose in one step.
-    It depends on nothing else, so a resumed run needs no RNG state."""
+
+    It depends on nothing else: a resumed run needs no state of a generator.
+    """
     digest = hashlib.sha256(f"{seed}/{stage}/{step}/{what}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -818,141 +812,143 @@ def _permutation(seed: int, stage: str, count: int, epoch: int) -> np.ndarray:
 
 
 def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarray:
-    """Indices (batch,) of a step's global batch: one permutation of `count` after another, without a gap."""
+    """Indices (batch,) of a step's global batch: permutation after permutation, without a gap."""
     positions = np.arange(step * batch, (step + 1) * batch)
-    return np.array([_permutation(seed, stage, count, int(p) // count)[p % count] for p in positions])
+    return np.array([_permutation(seed, stage, count, int(p) // count)[p % count]
+                     for p in positions])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4 Checkpoints
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 4 Checkpoints and files
+# --------------------------------------------------------------------------------------------------
+
+RESTORE = "Restore it, or start over with --fresh."
 
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path beside `path`, moved there when the block ends well: never half a file."""
-    path = Path(os.path.realpath(path))                # a link stays one
-    if path.exists() and not path.is_file():           # else /dev/null, as root, becomes a file
-        raise UserError(f"{path} is there, and is no file. Choose another --out.")
+    """Yields a temporary path, moved to `path` when the block ends well: never half a file.
+
+    A link is followed to its file; a device, a pipe or a folder is never replaced.
+    """
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file, and is left alone. Choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        with open(partial, "rb") as file:
+        with open(partial, "ab") as file:              # flushed before the move; Windows wants "a"
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, UserError):
-            raise UserError(f"{path} could not be written ({_first_line(error)}); what stood there before is "
-                            f"whole. Make room or choose another --out, and run the same command again.")
+        if isinstance(error, (OSError, RuntimeError)):
+            raise UserError(f"{path} could not be written ({_first_line(error)}); what stood there "
+                            f"before is whole. Make room or choose another --out, and run the same "
+                            f"command again.")
         raise
+
+
+@contextlib.contextmanager
+def reading(path: Path, then: str = RESTORE):
+    """Whatever goes wrong while a file of ours is read is one line, which ends in what to do."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is damaged or of another version ({_first_line(error)}). {then}")
 
 
 def save(path: Path, stage: str, cfg, **parts):
     """Writes a checkpoint: one dict of plain types and tensors, see load."""
-    checkpoint = {"format": FORMAT, "stage": stage, "config": plain(cfg), "versions": versions(), **parts}
+    checkpoint = {"format": FORMAT, "stage": stage, "config": plain(cfg), "versions": versions()}
     with atomic(path) as partial:
-        torch.save(checkpoint, partial)
+        torch.save(checkpoint | parts, partial)
 
 
 def load(path: Path, stage: str, before: str = "") -> dict:
     """Reads a checkpoint of a stage onto the CPU; nothing in it is executed (weights_only).
 
-    Keys: format, stage, config, versions, model, step, seed, and what the stage adds (ema, optimizer,
-    fingerprint, ...). `before` is the command that makes it. Raises UserError: missing, damaged, another
-    stage's, another format.
+    Keys: format, stage, config, versions, model, step, seed, and what the stage adds (ema,
+    optimizer, fingerprint, ...). `before` is the command that makes it. Raises UserError.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there{f'; first run: {before}' if before else ''}.")
-    try:
+    with reading(path):
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-            raise ValueError("not a checkpoint of this project")
-    except Exception as error:                         # UnpicklingError, RuntimeError, EOFError: all the same
-        raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)[:160]}). "
-                        f"Restore it, or start over with --fresh.")
-    if checkpoint["format"] != FORMAT:
-        raise UserError(f"{path} has format {checkpoint['format']}; this code reads format {FORMAT}.")
-    if checkpoint.get("stage") != stage:
-        raise UserError(f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; needed: {stage!r}.")
-    if isinstance(checkpoint.get("step"), int) and checkpoint["step"] < 0:
-        raise UserError(f"{path}: step is {checkpoint['step']}. Restore it, or start over with --fresh.")
-    checkpoint = Checkpoint(checkpoint, path=path)
-    for key, kind in (("config", dict), ("model", dict), ("step", int), ("versions", dict)):
-        if not isinstance(checkpoint[key], kind):
-            raise UserError(f"{path}: {key} is no {kind.__name__}.")
+        for key, needed in (("format", FORMAT), ("stage", stage)):
+            if checkpoint[key] != needed:
+                raise ValueError(f"{key} {checkpoint[key]!r}; needed: {needed!r}")
+        if not (isinstance(checkpoint["step"], int) and isinstance(checkpoint["config"], dict)):
+            raise ValueError("step or config is of another type")
     return checkpoint
 
 
-class Checkpoint(dict):
-    """What load returns: a dict that says which file lacks a key."""
-
-    def __init__(self, parts: dict, path: Path):
-        super().__init__(parts)
-        self.path = path
-
-    def __missing__(self, key):
-        raise UserError(f"{self.path} lacks {key}. Restore it, or start over with --fresh.")
-
-
 def load_weights(module: nn.Module, state: dict, path: Path):
-    """Loads weights: all of them, of the right shapes, finite; half precision as the module's own."""
-    own = module.state_dict()
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: its weights are no dict. Restore it, or start over with --fresh.")
-    for what, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
-        if keys:                                       # transformers renames a network's parts now and then
-            made = torch.load(path, weights_only=True, mmap=True).get("versions", {}).get("transformers")
-            first = min(keys, key=str)
-            raise UserError(f"{path} {what} weights: {len(keys)}, the first {first}. It was made "
-                            f"with other code or another transformers (then {made}, here "
-                            f"{versions()['transformers']}).")
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.shape != own[key].shape:
-            raise UserError(f"{path}: {key} is {tuple(getattr(value, 'shape', ()))}, the model needs "
-                            f"{tuple(own[key].shape)}.")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds NaN or infinite values.")
-    module.load_state_dict(state)
+    """Copies weights into the module's own storage: all of them, of the right shapes, finite."""
+    with reading(path):
+        _compare(module, state, path)
+        module.load_state_dict(state)
+        for name, value in module.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def rebuild(make, state: dict, path: Path) -> nn.Module:
+    """make() with the weights of a checkpoint, in eval mode.
+
+    A small file can declare a huge network: shapes are compared first where weights take no memory.
+    """
+    with reading(path):
+        with torch.device("meta"):
+            _compare(make(), state, path)
+        module = make()
+    load_weights(module, state, path)
+    return module.eval().requires_grad_(False)
+
+
+def _compare(module: nn.Module, state: dict, path: Path):
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name))
+    if wrong:                                          # transformers renames parts at times
+        made = torch.load(path, weights_only=True, mmap=True)["versions"]["transformers"]
+        raise ValueError(f"{len(wrong)} weights do not fit, the first {wrong[0]}: "
+                         f"{there.get(wrong[0])} instead of {own.get(wrong[0])}; made with "
+                         f"transformers {made}, here is {versions()['transformers']}")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
+    """Copies AdamW's moments into storage like the parameters': a fused step reads past others."""
+    with reading(path):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, moments in state["state"].items():
+            p = parameters[i]
+            own = {name: torch.empty_like(p).copy_(moments[name].view_as(p))
+                   for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": p.new_tensor(float(moments["step"])), **own}
+            if not all(torch.isfinite(value).all() for value in own.values()):
+                raise ValueError("its optimizer holds NaN or infinite values")
+        if not optimizer.state:
+            raise ValueError("its optimizer lacks every moment")
 
 
 def check_encoder(found: str, checkpoint: dict, name: str):
     """Raises UserError where an encoder is no longer the one that a checkpoint was trained with."""
-    if checkpoint["encoder_fingerprint"] != found:
-        raise UserError(f"the weights of {name} are not those that the checkpoint was trained with. Bring "
-                        f"them back, or start over with --fresh.")
+    if checkpoint.get("encoder_fingerprint") != found:
+        raise UserError(f"the weights of {name} are not those that the checkpoint was trained "
+                        f"with. Bring them back, or start over with --fresh.")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
-    """Loads the moments, right in shape and finite: a fused AdamW reads past the end of a short one."""
-    try:                                               # rates and betas come from the configuration
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its optimizer does not fit ({_first_line(error)}).")
-    if not optimizer.state:
-        raise UserError(f"{path}: its optimizer lacks every moment.")
-    fits = True
-    for parameter, moments in optimizer.state.items():
-        moments = moments if isinstance(moments, dict) else {}
-        shapes = {name: getattr(value, "shape", None) for name, value in moments.items()}
-        shape = getattr(parameter, "shape", "of no parameter")
-        fits &= shapes == {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-        if fits and not all(torch.isfinite(value).all() for value in moments.values()):
-            raise UserError(f"{path}: its optimizer holds NaN or infinite values.")
-    if not fits:
-        raise UserError(f"{path}: its optimizer does not fit the model.")
-
-
-def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
-    """sha256 over names, types, shapes and bytes of all weights, and a description:
-    which model made these latents?"""
+def fingerprint(*parts: nn.Module | dict, extra: dict | None = None) -> str:
+    """sha256 over names, types, shapes and bytes of all weights, and a description."""
     digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True).encode())
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
+    for part in parts:
+        for name, value in sorted((part if isinstance(part, dict) else part.state_dict()).items()):
             value = value.detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -960,12 +956,13 @@ def fingerprint(*modules: nn.Module, extra: dict | None = None) -> str:
 
 
 def versions() -> dict[str, str]:
-    import importlib.metadata as metadata
-    return {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
 
 
 def plain(cfg) -> dict:
-    return {f.name: list(v) if isinstance(v := getattr(cfg, f.name), tuple) else v for f in fields(cfg)}
+    """A Config as plain types."""
+    values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def digest_of(value) -> str:
@@ -977,7 +974,8 @@ def stamp(name: str) -> str:
     """Which model a name stands for: itself, or for a folder the sizes and times of its files."""
     folder = Path(_local(name))
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return digest_of([name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return digest_of([folder.name if files else name, *stats])
 
 
 def remove_folder(path: Path):
@@ -985,7 +983,7 @@ def remove_folder(path: Path):
 
 
 def free_space(path: Path, needed: int, what: str):
-    """Says how large a file will be, and raises UserError before the first byte where it does not fit."""
+    """Says how large a file will be; raises UserError before the first byte of one too large."""
     path.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path).free
     print(f"{what}: {human(needed)} in {path} ({human(free)} free)", flush=True)
@@ -993,30 +991,25 @@ def free_space(path: Path, needed: int, what: str):
         raise UserError(f"{what} need {human(needed)}, {path} has {human(free)} free.")
 
 
-def new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A new float16 .npy, to be filled through memory. Its room is taken at once: a disk that fills up under
-    such an array later kills the process (SIGBUS) instead of raising an error. Raises UserError."""
-    try:
-        array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        with open(path, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):         # macOS has none
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            path.unlink(missing_ok=True)
-            raise UserError(f"{path} could not be written ({_first_line(error)}): it needs "
-                            f"{human(2 * math.prod(shape))}. Make room, and run the same command again.")
-        raise
-    return array
+def unfinished(final: Path, mark: dict) -> Path:
+    """<final>.partial, to be filled file by file; what a run of the same mark left stays."""
+    work = final.with_name(final.name + ".partial")
+    if read_json(work / "mark.json") != mark:
+        remove_folder(work)
+        with atomic(work / "mark.json") as partial:
+            partial.write_text(json.dumps(mark))
+    return work
 
 
-def replace_folder(new: Path, path: Path):
-    """Puts a folder in the place of another: what bears the name is whole, or it is not there."""
-    old = path.with_name(path.name + ".old")
+def finish(work: Path, final: Path, meta: dict):
+    """Writes meta.json and puts the folder in its place: it is whole, or not there."""
+    with atomic(work / "meta.json") as partial:
+        partial.write_text(json.dumps(meta, indent=1))
+    old = final.with_name(final.name + ".old")
     remove_folder(old)
-    if path.exists():
-        os.rename(path, old)
-    os.replace(new, path)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(work, final)
     remove_folder(old)
 
 
@@ -1037,9 +1030,12 @@ def human(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5 A run
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+LOCK_WAIT = 6                  # seconds: workers outlive a killed run by 5, and hold its lock
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class Stopped(KeyboardInterrupt):
@@ -1047,34 +1043,42 @@ class Stopped(KeyboardInterrupt):
 
 
 class Run:
-    """What a training run is besides mathematics:
-    device, precision, ranks, the lock on --out, signals, the log.
+    """What a training run is besides mathematics: device, precision, ranks, lock, signals, log.
 
-    Under torchrun each rank takes its slice of every global batch; what is drawn at random is drawn for the
-    whole batch and then sliced, so that neither the data nor the noise depends on the number of processes.
+    Under torchrun each rank takes its slice of every global batch; what is drawn at random is drawn
+    for the whole batch and then sliced, so that neither data nor noise depends on the number of
+    processes. `also` are further stages whose files are read: they may not be rewritten meanwhile.
     """
 
-    def __init__(self, cfg, stage: str, terms: tuple[str, ...] = ()):
+    def __init__(self, cfg, stage: str, terms: tuple[str, ...] = (), also: tuple[str, ...] = ()):
         self.cfg, self.stage, self.terms, self.out = cfg, stage, terms, Path(cfg.out)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
-        self.device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.rank, self.world, local = torchrun()
+        self.main, self.parts = self.rank == 0, getattr(cfg, "micro_batches", 1)
+        self.device = pick_device(cfg.device, local)
         if self.world > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
-        if cfg.batch % (self.world * cfg.micro_batches):
+        if cfg.batch % (self.world * self.parts):
             raise UserError(f"--batch {cfg.batch} does not divide by {self.world} processes x "
-                            f"--micro-batches {cfg.micro_batches}.")
+                            f"--micro-batches {self.parts}.")
         torch.set_float32_matmul_precision("high")     # TF32 where the card has it
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16,
-                                               enabled=cfg.precision == "bf16")
-        self.flops, self.peak = 0.0, peak_flops(self.device, cfg.precision)
-        self.pending, self.broken = [], {}
-        self.stop, self.stepping = 0, False            # a signal's number; whether one waits for a step's end
-        self.lock = take_lock(self.out, stage) if self.main else None
+        self.half = cfg.precision == "bf16"
+        if self.half and self.device.type == "cuda" and not has_bf16(self.device):
+            self.say("this card has no bf16 (it came with Ampere): fp32 is taken instead")
+            self.half = False
+        self.compile = cfg.compile and self.device.type == "cuda"
+        self.pending, self.sums, self.broken = [], {}, {}
+        self.stop, self.stepping = 0, False            # a signal's number; does it wait for a step?
+        self.open = contextlib.ExitStack()             # what is closed at the end: locks, log, bar
+        for name in (stage, *also) if self.main else ():
+            self.open.enter_context(take_lock(self.out, name))
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):      # not in the main thread: a caller's business
                 signal.signal(number, self._signal)
+
+    def autocast(self):
+        """bf16 with --precision bf16; around networks only: losses are in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     # -- ranks
 
@@ -1096,47 +1100,82 @@ class Run:
     def randint(self, step: int, what: str, low: int, high: int) -> torch.Tensor:
         """Integers in low .. high - 1 for this rank's rows, drawn for the global batch."""
         g = generator(self.cfg.seed, self.stage, step, what, self.device)
-        return self.mine(torch.randint(low, high, (self.cfg.batch,), generator=g, device=self.device))
+        shape = (self.cfg.batch,)
+        return self.mine(torch.randint(low, high, shape, generator=g, device=self.device))
 
     def to_device(self, tensors):
         return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
-    def average(self, tensors):
-        """Averages gradients over the ranks, in place: each rank's loss is a mean over an equal slice."""
-        if self.world > 1:
-            tensors = [t for t in tensors if t is not None]
-            flat = torch.cat([t.reshape(-1) for t in tensors]) / self.world
-            together(torch.distributed.all_reduce, flat)
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-                tensor.copy_(part.view_as(tensor))
+    def distribute(self, model: nn.Module, unused: bool = False) -> nn.Module:
+        """The handle to call in training: it averages gradients over ranks. Keep the bare one, too.
+
+        unused: some parameters take no part in some steps.
+        """
+        if self.world == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False, find_unused_parameters=unused)
+
+    def micro_batches(self, model: nn.Module, *tensors):
+        """Yields the batch in --micro-batches parts; ranks exchange gradients at the last."""
+        cut = [[None] * self.parts if t is None else t.chunk(self.parts) for t in tensors]
+        for number, part in enumerate(zip(*cut), 1):
+            wait = self.world > 1 and number < self.parts
+            with model.no_sync() if wait else contextlib.nullcontext():
+                yield part
 
     def barrier(self):
         if self.world > 1:
-            together(torch.distributed.barrier)
+            torch.distributed.barrier()
 
-    # -- the training data of a step
+    # -- the training data
 
-    def pictures(self, folder: Folder, size: int, start: int, augment: bool):
-        """Yields (step, x) with x float (B / ranks, 3, size, size) in [-1, 1], from step `start` on."""
+    def read_data(self, checkpoint: dict | None) -> tuple[Folder, Folder]:
+        """Training and held-out pictures. A folder may move; other contents are said or refused."""
+        cfg = self.cfg
+        train, held_out = read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
+        self.data = {"digest": digest(train), "pictures": len(train.images)}
+        with reading(self.out / f"{self.stage}.pt"):
+            then = (checkpoint or {}).get("data", self.data)
+            if then["digest"] != self.data["digest"]:
+                now, before = self.data["pictures"], then["pictures"]
+                what = (f"{train.root} holds other pictures or captions than {self.stage}.pt "
+                        f"learned from: {now:,} pictures, {before:,} then")
+                if checkpoint["config"]["data"] != cfg.data:
+                    raise UserError(f"{what}. Another data set needs a folder of its own, --out "
+                                    f"other; or start over with --fresh.")
+                self.say(f"{what}. The run resumes with them")
+        return train, held_out
+
+    def pictures(self, folder: Folder, size: int, augment: bool):
+        """Yields (step, x) with x float (B / ranks, 3, size, size) in [-1, 1], to the last step."""
         cfg, self.folder = self.cfg, folder
 
         def keys(step):
             rows = order(cfg.seed, self.stage, len(folder.images), cfg.batch, step)
-            seed = int(generator(cfg.seed, self.stage, step, "augment").initial_seed()) if augment else None
-            return self.mine([(int(row), None if seed is None else seed + i) for i, row in enumerate(rows)])
+            if not augment:
+                return self.mine([(int(row), None) for row in rows])
+            seed = int(generator(cfg.seed, self.stage, step, "augment").initial_seed())
+            return self.mine([(int(row), seed + i) for i, row in enumerate(rows)])
 
-        stream = batches(Pictures(folder, size), keys, start, cfg.steps, cfg.workers,
-                         self.device.type == "cuda")
-        for step, (images, broken) in enumerate(stream, start):
+        for step, (images, broken) in self.batches(Pictures(folder, size), keys):
             self.count_broken(broken)
             yield step, to_float(images, self.device)
 
+    def batches(self, dataset, keys):
+        """Yields (step, batch) from the first step that is still to be done."""
+        pin = self.device.type == "cuda"
+        return enumerate(batches(dataset, keys, self.first, self.cfg.steps, self.cfg.workers, pin),
+                         self.first)
+
     def held_out(self, folder: Folder, size: int, most: int = 64) -> torch.Tensor:
-        """Held-out pictures from all over the folder, on the device, (N, 3, size, size) in [-1, 1]."""
+        """Held-out pictures from all over the folder: (N, 3, size, size) in [-1, 1]."""
         pictures = Pictures(folder, size)
-        own = folder.own or len(pictures)              # they are sorted: the first may be one class's
+        own = folder.own or len(pictures)              # sorted: the first may be of one class
         count = min(most, own)
-        images, broken = pictures.collate([pictures[(i * own // count, None)] for i in range(count)])
+        keys = [(i * own // count, None) for i in range(count)]
+        images, broken = pictures.collate([pictures[key] for key in keys])
         for index, reason in sorted(set(broken)):
             self.say(f"cannot read {folder.images[index]!r}, held out: {reason}; "
                      f"the next picture takes its place")
@@ -1146,170 +1185,198 @@ class Run:
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = f"{self.folder.images[index]!r}: {reason}"
-                tqdm.write(f"cannot read {self.broken[index]}")          # every rank names its own
+                tqdm.write(f"cannot read {printable(self.broken[index])}")     # every rank its own
         if broken:
-            tolerate(list(self.broken.values()), len(self.folder.images), self.cfg.max_broken, "pictures")
+            tolerate(list(self.broken.values()), len(self.folder.images), self.cfg.max_broken,
+                     "pictures")
 
-    # -- what is logged
+    # -- steps
 
-    def count_flops(self, model: nn.Module, loss, share: float = 1.0):
-        """Counts the model FLOPs of a step, forward and backward, for the utilisation in the progress line.
+    def start(self, checkpoint: dict | None, held_out: tuple[str, ...], look, parts):
+        """Opens out/<stage>.csv, cut back to the checkpoint's step, and the progress bar.
 
-        loss() is the loss of one picture: all here grows with the batch. Not compiled yet, and in eval mode:
-        what is recomputed to save memory is no model FLOP. share: of the steps that are of this kind.
+        For after_step: look(path) returns the held-out losses, and draws the preview where there is
+        a path; parts() is what the checkpoint holds of this stage.
         """
-        if not self.peak:
-            return
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
-        model.eval()
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), self.autocast():
-            torch.autograd.grad(loss(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-        model.train()
-        self.flops += share * counter.get_total_flops() * self.cfg.batch / self.world
-
-    def open_log(self, start: int, pending: torch.Tensor | None = None, held_out: tuple[str, ...] = ()):
-        """Opens out/<stage>.csv, cut back to step `start`, and the progress bar."""
-        self.columns = ("step", "learning_rate", *self.terms, *(f"held_out_{name}" for name in held_out))
-        if pending is not None and (not isinstance(pending, torch.Tensor)
-                                    or pending.shape[1:] != (len(self.terms),)):
-            raise UserError(f"{self.out / self.stage}.pt: pending does not fit. Restore it, or start over "
-                            f"with --fresh.")
-        self.pending = list(pending.to(self.device)) if pending is not None else []
+        self.look, self.checkpoint_parts, self.first = look, parts, 0
+        self.columns = ("step", "learning_rate", *self.terms, *(f"held_out_{n}" for n in held_out))
+        if checkpoint:
+            with reading(self.out / f"{self.stage}.pt"):
+                self.first = checkpoint["step"]
+                pending = checkpoint["pending"].float().view(-1, len(self.terms))
+                self.pending = list(pending.to(self.device))
+        if self.main:
+            self._open_log()
         self.stepping = True
-        if not self.main:
-            return
+
+    def _open_log(self):
         path, kept = self.out / f"{self.stage}.csv", []
-        if path.exists() and start:
-            with open(path, newline="") as lines:
-                kept = [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
-                        and int(row["step"]) <= start and None not in row.values()]
-        with atomic(path) as partial, open(partial, "w", newline="") as lines:
+        if path.exists() and self.first:
+            with reading(path, "Move it away; the run needs no old rows."), open(
+                    path, newline="", encoding="utf-8") as lines:
+                kept = [row for row in csv.DictReader(lines) if (row["step"] or "").isdigit()
+                        and int(row["step"]) <= self.first and None not in row.values()]
+        with atomic(path) as partial, open(partial, "w", newline="", encoding="utf-8") as lines:
             writer = csv.DictWriter(lines, self.columns, restval="", extrasaction="ignore",
                                     lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
-        self.csv, self.clock = open(path, "a", newline=""), time.monotonic()
-        self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.stage, dynamic_ncols=True,
-                        smoothing=0.05,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)         # a log file wants fewer lines
+        self.csv = self.open.enter_context(open(path, "a", newline="", encoding="utf-8"))
+        self.bar = self.open.enter_context(progress(self.cfg.steps, self.stage, self.first))
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, step: int):
+        """A warm-up from peak / warmup, then a cosine; a group may have a `scale` of its own."""
+        cfg = self.cfg
+        self.rate = learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate * group.get("scale", 1.0)
+
+    def add(self, losses: dict[str, torch.Tensor]):
+        """The terms of a micro-batch. They stay on the device, and nothing waits for them yet."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() / self.parts
+
+    def after_step(self, step: int, grad_norm: torch.Tensor):
+        """The tail of every step: what is logged, looked at and kept, and whether to stop."""
+        self.record(self.sums | {"grad_norm": grad_norm})
+        self.sums, cfg, done = {}, self.cfg, step + 1
+        last, stopping = done == cfg.steps, self.stopping(done)
+        if self.main:
+            self.bar.update()
+        if done % cfg.eval_every == 0 or last:
+            self.log(done, self.out / f"{self.stage}.png")
+        elif done % cfg.log_every == 0:
+            self.log(done)
+        if done % cfg.save_every == 0 or last or stopping:
+            self.save(done)
+        if stopping or last and self.stopping(0):      # all ranks agree
+            self.say(f"saved at step {done:,} of {cfg.steps:,}: {self.out / self.stage}.pt. The "
+                     f"same command resumes there")
+            raise Stopped(self.stop)
+        if last:
+            self.say("finished: " + ", ".join(f"{self.out / self.stage}.{kind}"
+                                              for kind in ("pt", "csv", "png")))
 
     def record(self, losses: dict[str, torch.Tensor]):
-        """Keeps the terms of a step on the device: nothing waits for them until they are examined."""
         assert tuple(losses) == self.terms, f"{tuple(losses)} logged, {self.terms} expected"
         self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
 
-    def examine(self, step: int, learning_rate: float) -> torch.Tensor:
-        """The terms since the last log, averaged over ranks; one that is not finite ends the run."""
+    def examine(self, step: int) -> torch.Tensor:
+        """The terms since the last log, averaged over ranks; one not finite ends the run."""
         values = (torch.stack(self.pending) if self.pending
                   else torch.zeros(0, len(self.terms), device=self.device))
-        self.average([values])
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+            values /= self.world
         values = values.cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            row = bad[0, 0].item()
-            at = step - len(values) + row + 1
-            terms = ", ".join(f"{name} is {value}" for name, value in zip(self.terms, values[row].tolist())
+            row, last = bad[0, 0].item(), self.out / f"{self.stage}.pt"
+            terms = ", ".join(f"{name} is {value}"
+                              for name, value in zip(self.terms, values[row].tolist())
                               if not math.isfinite(value))
-            last = self.out / f"{self.stage}.pt"
-            raise UserError(
-                f"{terms} at step {at}, learning rate {learning_rate:.3g}. The last good checkpoint is "
-                f"{f'{last}; run again with --fresh and a lower learning rate' if last.exists() else 'none'}"
-                f".")
+            again = "run again with --fresh and a lower learning rate"
+            raise UserError(f"{terms} at step {step - len(values) + row + 1}, learning rate "
+                            f"{self.rate:.3g}. The last good checkpoint is "
+                            f"{f'{last}; {again}' if last.exists() else 'none'}.")
         return values
 
-    def log(self, step: int, learning_rate: float, held_out: dict[str, float] | None = None):
-        """Writes the mean of the terms since the last log as one row of the CSV and one line of progress."""
-        values = self.examine(step, learning_rate).double().mean(0).tolist()
+    def log(self, step: int, picture: Path | None = None):
+        """Writes the mean of the terms since the last log as a row of the CSV and into the bar.
+
+        With a picture's path held-out losses are taken, and rank 0 draws the preview.
+        """
+        values = self.examine(step).double().mean(0).tolist()
         self.pending = []
+        held_out = self.look(picture if self.main else None) if picture else {}
         if not self.main:
             return
-        row = {"step": step, "learning_rate": f"{learning_rate:.6g}"}
+        row = {"step": step, "learning_rate": f"{self.rate:.6g}"}
         row |= {name: f"{value:.6g}" for name, value in zip(self.terms, values)}
-        row |= {f"held_out_{name}": f"{value:.6g}" for name, value in (held_out or {}).items()}
+        row |= {f"held_out_{name}": f"{value:.6g}" for name, value in held_out.items()}
         csv.DictWriter(self.csv, self.columns, restval="", lineterminator="\n").writerow(row)
         self.csv.flush()
         shown = " ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
-        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        if self.flops and held_out is None:            # model-FLOPs utilisation since the last line
-            shown += f" mfu {self.flops * (step - self.bar.n) / seconds / self.peak:.0%}"
         self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
 
-    def save(self, step: int, learning_rate: float, **parts):
+    def save(self, step: int):
         """Writes out/<stage>.pt after examining every loss so far; only rank 0 writes."""
-        pending = self.examine(step, learning_rate)
+        pending = self.examine(step)
         if self.main:
             os.fsync(self.csv.fileno())
             save(self.out / f"{self.stage}.pt", self.stage, self.cfg, step=step, seed=self.cfg.seed,
-                 pending=pending, **parts)
+                 pending=pending, data=self.data, **self.checkpoint_parts())
 
     def say(self, text: str):
         if self.main:
-            tqdm.write(text)
+            tqdm.write(printable(text))
 
     # -- how it ends
 
     def stopping(self, step: int) -> bool:
-        """True after a signal. Ranks agree on it at every tenth step, so that none waits alone."""
-        if self.world == 1:
-            return bool(self.stop)
-        if step % 10:
-            return False
-        flag = torch.tensor([float(self.stop)], device=self.device)
-        together(torch.distributed.all_reduce, flag, torch.distributed.ReduceOp.MAX)
-        self.stop = int(flag.item())
-        return bool(self.stop)
+        """True after a signal. Ranks agree at every tenth step, so that none waits alone."""
+        if self.world > 1 and step % 10 == 0:
+            flag = torch.tensor([float(self.stop)], device=self.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.stop = int(flag.item())
+        return bool(self.stop) and (self.world == 1 or step % 10 == 0)
 
     def _signal(self, number, _):
         waits, self.stop = self.stepping and not self.stop, number
-        if not waits:                                  # a second one does not wait for the step, nor does one
-            raise KeyboardInterrupt(number)            # while networks, captions or folders are still read
-                                                       # (where a __del__ swallows it: at the next step)
-        print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr, flush=True)
+        if not waits:                                  # a second one, or one before the first step;
+            raise KeyboardInterrupt(number)            # where a __del__ eats it: at the next
+        print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr,
+              flush=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for part in (getattr(self, name, None) for name in ("bar", "csv", "lock")):
-            if part is not None:                       # the bar also after an error, whose line follows
-                part.close()
+        self.open.close()
 
 
-def together(collective, *args):
-    """A collective of all ranks. Where another has died it raises UserError, instead of a library's words."""
+def torchrun() -> tuple[int, int, int]:
+    """Rank, number of processes, rank on this machine: as torchrun says, or 0, 1, 0 without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [os.environ.get(name) for name in names]
+    if not any(given):
+        return 0, 1, 0
     try:
-        return collective(*args)
-    except RuntimeError as error:
-        raise UserError(f"another process of this run has ended ({_first_line(error)[:160]}). Run the same "
-                        f"command again: it goes on from the last checkpoint.")
+        rank, world, local = map(int, given)
+        if not 0 <= rank < world or world > 1 and "MASTER_ADDR" not in os.environ:
+            raise ValueError
+        return rank, world, local
+    except (TypeError, ValueError):
+        said = ", ".join(f"{name}={value}" for name, value in zip(names, given))
+        raise UserError(f"{said}: half of an environment of torchrun. Start with torchrun, or "
+                        f"unset these variables.")
 
 
+@contextlib.contextmanager
 def take_lock(out: Path, stage: str):
-    """The open file that keeps a second run of a stage out of `out`; closing it, or dying, lets it go.
-
-    Raises UserError naming the process that has it. lockf, not flock: worker processes do not inherit it, so
-    that it dies with the run even where they outlive a kill -9 for a while.
-    """
+    """Inside, no second run of a stage works in `out`; dying lets it go. Raises UserError."""
+    lock = filelock.FileLock(out / f".{stage}.lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / f".{stage}.lock", "a+")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) and "lock" in locals():
-            for _ in range(40):                        # it may have the lock and not yet have signed
-                lock.seek(0)
-                if owner := lock.read().strip():
-                    break
-                time.sleep(0.05)
-            raise UserError(f"{out} is in use by another {stage}.py (process {owner}). "
-                            f"Wait for it, or choose another --out.")
-        raise UserError(f"--out {out} cannot be written: {error.strerror}.")
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
+        lock.acquire(timeout=LOCK_WAIT)
+    except filelock.Timeout:
+        raise UserError(f"{out} is in use by another run ({stage}). Wait for it, or choose another "
+                        f"--out.")
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}.")
+        print(f"warning: {out} is on a file system without locks ({_first_line(error)}): "
+              f"let no second run work in it", flush=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def progress(total: int, what: str, first: int = 0) -> tqdm:
+    """A progress bar; into a log file it writes a line in 30 seconds."""
+    return tqdm(total=total, initial=first, desc=what, dynamic_ncols=True, smoothing=0.05,
+                mininterval=0.5 if sys.stderr.isatty() else 30, disable=torchrun()[0] > 0)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -1322,35 +1389,29 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
-# bf16 products with fp32 sums, dense, in TFLOP/s, from NVIDIA's data sheets; the first that fits
-PEAK = {"Laptop": 0, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 NVL": 835,
-        "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
-        "RTX 4090": 165, "RTX 3090": 71}
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that a card can reach, 0 where that is not known: then no utilisation is shown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" and precision == "bf16" else ""
-    words = f" {name.replace('-', ' ')} "
-    return next((peak * 1e12 for card, peak in PEAK.items() if f" {card} " in words), 0.0)
+def has_bf16(device: torch.device) -> bool:
+    """Volta and Turing only emulate it, many times slower than fp32."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up over `warmup` steps, then a cosine down to a hundredth of the peak at the last step."""
+    """Linear warm-up over `warmup` steps, then a cosine to a hundredth of the peak at the last."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6 The command line
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {"steps", "workers", "save_every", "log_every", "eval_every", "micro_batches", "device",
-              "compile", "checkpointing", "max_broken", "out", "fresh", "latents", "encode_only", "evaluate",
-              "reconstruct"}
+MAY_CHANGE = {"data", "steps", "workers", "save_every", "log_every", "eval_every", "micro_batches",
+              "device", "compile", "checkpointing", "max_broken", "out", "fresh", "latents",
+              "encode_only", "reconstruct"}
 MADE_FOR = {"preset", "image_size", "z_dim", "widths"}  # what a model's weights are made for
+MAY_BE_0 = {"workers", "warmup"}                        # and what is 0 by default
+NEEDED = {"torch": (2, 6), "transformers": (5, 17)}
 
 
 def flag(name: str) -> str:
@@ -1358,81 +1419,95 @@ def flag(name: str) -> str:
     return "-" * (1 + (len(name) > 1)) + name.replace("_", "-")
 
 
+def command(script: str, **flags) -> str:
+    """A command to paste; flags at their usual value (out, and nothing else) are left out."""
+    words = [word for name, value in flags.items() if (name, str(value)) not in (
+        ("out", "out"), ("model", "out")) for word in (flag(name), str(value))]
+    return " ".join(["python", script, *map(shlex.quote, map(printable, words))])
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. `python {self.prog} --help` lists every flag.")
 
 
-def read_flags(Config, argv: list[str] | None, description: str, presets: dict[str, dict] = {}) -> dict:
-    """What was typed, as {field: value}: each field of the dataclass is a flag, its comment the help."""
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_flags(Config, argv: list[str] | None, description: str,
+               presets: dict[str, dict] = {}) -> dict:
+    """What was typed, as {field: value}: each field is a flag, its comment the help."""
+    parser = _Parser(description=description, argument_default=argparse.SUPPRESS,
+                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
         kind = f.type
-        defaults = [f"{f.default}",
-                    *(f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset)]
+        defaults = [f"{f.default}", *(f"{name}: {preset[f.name]}"
+                                      for name, preset in presets.items() if f.name in preset)]
         text = f"{help_of.get(f.name, '')} [{'; '.join(defaults)}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
         elif kind == tuple[int, ...]:
-            parser.add_argument(flag(f.name), type=lambda s: tuple(int(part) for part in s.split(",")),
+            parser.add_argument(flag(f.name), type=lambda s: tuple(map(int, s.split(","))),
                                 metavar="N,N,…", help=text)
         elif kind == tuple[str, ...]:
             parser.add_argument(flag(f.name), action="extend", nargs="+", help=text)
         else:
             parser.add_argument(flag(f.name), type=kind, metavar=kind.__name__.upper(), help=text)
     typed = vars(parser.parse_args(argv))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    for name in ("data", "encoder", "text_encoder"):   # understood from any folder, later on
+        typed |= {name: absolute(typed[name])} if name in typed else {}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in typed.items()}
 
 
 def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | None = None,
               saved: dict | None = None, strict: bool = True):
-    """The Config of a run: typed over inherited over the preset over the defaults;
-    or, on resume, the saved one.
+    """The Config of a run: typed over inherited over preset over defaults; or the saved one.
 
-    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE, or
-    nothing is to be trained (strict=False) and the flag not in MADE_FOR. The folder is never taken from the
-    checkpoint: it may have been moved.
+    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in
+    MAY_CHANGE, or nothing is to be trained (strict=False) and the flag not in MADE_FOR. --out is
+    never taken from the checkpoint: it may have been moved.
     """
     if saved is not None:
-        saved = {f.name: tuple(saved[f.name]) if isinstance(saved[f.name], list) else saved[f.name]
-                 for f in fields(Config) if f.name in saved and f.name != "out"}
+        with reading(Path("the checkpoint's configuration")):
+            saved = {f.name: _typed(f, saved[f.name]) for f in fields(Config)
+                     if f.name in saved and f.name != "out"}
+            Config(**saved)
         for name, value in typed.items():
             fixed = name not in MAY_CHANGE if strict else name in MADE_FOR
             if fixed and name in saved and saved[name] != value:
-                raise UserError(f"{flag(name)} {value} contradicts the checkpoint, which has {flag(name)} "
-                                f"{saved[name]}. Leave the flag out to go on with it, "
-                                f"or start over with --fresh.")
-        check_types(Config, saved)
+                raise UserError(f"{flag(name)} {value} contradicts the checkpoint, which has "
+                                f"{flag(name)} {saved[name]}. Leave the flag out to resume, "
+                                f"start over with --fresh, or work in another folder: --out other.")
         return Config(**saved | typed | {"fresh": False})
-    check_types(Config, inherited or {})
     values = (inherited or {}) | typed
     preset = values.get("preset") or ("full" if values.get("data") else "tiny")
     if preset not in presets:
         raise UserError(f"--preset {preset}: allowed are {', '.join(presets)}.")
+    if "preset" not in values and preset == "full" and not torch.cuda.is_available():
+        print("no CUDA device: the full preset (DINOv2-L at 256 px) takes weeks on a CPU; "
+              "--preset tiny takes hours", flush=True)
     return Config(**presets[preset] | values | {"preset": preset})
 
 
-def check_types(Config, values: dict):
-    """Raises UserError where a value out of a checkpoint has another type than its field."""
-    for f in fields(Config):
-        kind, several = (typing.get_args(f.type)[0], True) if typing.get_origin(f.type) else (f.type, False)
-        value = values.get(f.name, f.default)
-        kind = (int, float) if kind is float else kind
-        if isinstance(value, tuple) != several or not all(
-                isinstance(one, kind) for one in (value if several else (value,))):
-            raise UserError(f"the configuration in the checkpoint does not fit: {flag(f.name)} is "
-                            f"{str(value)[:60]}. Restore it, or start over with --fresh.")
+def _typed(f, value):
+    value = tuple(value) if isinstance(value, list) else value
+    kind = tuple if typing.get_origin(f.type) else (int, float) if f.type is float else f.type
+    if not isinstance(value, kind):
+        raise ValueError(f"{flag(f.name)} is {value!r:.60}")
+    return value
 
 
 def check(cfg, **ranges: tuple[float, float]):
-    """Raises UserError for a value outside its (lowest, highest)."""
-    for name, (low, high) in ranges.items():
-        value = getattr(cfg, name)
-        if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,))):
-            top = f" to {high:g}" if high < math.inf else " or more"
-            raise UserError(f"{flag(name)} {value}: allowed is {low:g}{top}.")
+    """Raises UserError for a number that is not finite or negative, a whole one below 1 unless it
+    may be 0, or one outside its own (lowest, highest)."""
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, (int, float)) and not isinstance(v, bool):
+                least = int(isinstance(v, int) and f.default != 0 and f.name not in MAY_BE_0
+                            and f.type is int)
+                low, high = ranges.get(f.name, (least, 2**63 - 1))
+                if not low <= v <= high:
+                    top = f" to {high:g}" if f.name in ranges else " or more"
+                    raise UserError(f"{flag(f.name)} {value}: allowed is {low:g}{top}.")
 
 
 def check_choice(cfg, **choices: tuple[str, ...]):
@@ -1442,65 +1517,67 @@ def check_choice(cfg, **choices: tuple[str, ...]):
 
 
 def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path) -> dict:
-    """What a stage takes over from the config of the one before it, unless typed; said in one line."""
-    taken = {name: parent[name] for name in names if name not in typed and name in parent} if parent else {}
+    """What a stage takes from the config of the one before it, unless typed; said in one line."""
+    taken = {n: parent[n] for n in names if n not in typed and n in parent} if parent else {}
     if taken:
         shown = ", ".join(f"{name} {value if value != '' else 'built-in world'}"
                           for name, value in taken.items())
-        print(f"from {path}: {shown}", flush=True)
+        say(f"from {path}: {shown}")
     return taken
 
 
 def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
-    """Says where a run goes on, or that there is nothing left to do."""
+    """Says where a run resumes, or that there is nothing left to do."""
     step, before = checkpoint["step"], checkpoint["config"].get("steps", cfg.steps)
     if step >= cfg.steps:
-        print(f"{path} is finished: {step:,} steps. A larger --steps goes on, --fresh starts over.",
-              flush=True)
+        say(f"{path} is finished: {step:,} steps. A larger --steps resumes, --fresh starts over.")
         return True
-    decay = f"; --steps was {before:,}, the decay of the learning rate follows" if before != cfg.steps else ""
-    print(f"{path}: going on from step {step:,} of {cfg.steps:,}{decay}", flush=True)
+    decay = f"; --steps was {before:,}, the decay of the learning rate follows"
+    decay *= before != cfg.steps
+    say(f"{path}: resuming from step {step:,} of {cfg.steps:,}{decay}")
     return False
 
 
 def set_aside(out: Path, *names: str):
-    """--fresh: moves the old run's files into out/old-<n>/, unless it is still running."""
+    """--fresh: moves the old run into out/old-<n>/, the checkpoint (named first) last: until it is
+    gone, the old run is the run. Refused while that is still running."""
     present = [out / name for name in names if (out / name).exists()]
-    if present and os.environ.get("RANK", "0") == "0":
-        with take_lock(out, present[0].stem):
-            aside = next(path for n in range(1, 10_000) if not (path := out / f"old-{n}").exists())
+    if present and torchrun()[0] == 0:
+        with take_lock(out, Path(names[0]).stem):
+            aside = next(path for n in itertools.count(1)
+                         if not (path := out / f"old-{n}").exists())
             aside.mkdir()
-            for path in present:
-                path.rename(aside / path.name)
-        print(f"--fresh: the old run is in {aside}", flush=True)
+            for path in reversed(present):
+                os.replace(path, aside / path.name)
+        say(f"--fresh: the old run is in {aside}")
 
 
 def program(main):
-    """main(argv) as a program: exit code 0, 2 with one line for a UserError, 130 or 143 after a signal."""
+    """main(argv) as a program: exit code 0, 2 with one line for a UserError, 130 or 143 after a
+    signal."""
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
         with contextlib.suppress(AttributeError):      # what the terminal cannot show is no error
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
+            for name, needed in NEEDED.items():
+                there = importlib.metadata.version(name)
+                if tuple(map(int, re.findall(r"\d+", there)[:2])) < needed:
+                    raise UserError(f"{name} {there} is installed; needed is "
+                                    f"{'.'.join(map(str, needed))} or newer: "
+                                    f"pip install -r requirements.txt")
             main(argv)
             return 0
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
         except KeyboardInterrupt as interrupt:
+            if not isinstance(interrupt, Stopped):
+                print("stopped before anything more was saved", file=sys.stderr, flush=True)
             return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-        except OSError as error:                       # a full disk, no permission, a disk that is gone
-            print(f"error: {_first_line(error)}", file=sys.stderr, flush=True)
-            return 2
-        except torch.cuda.OutOfMemoryError as error:
-            print(f"error: the GPU's memory is full ({_first_line(error)}). More --micro-batches, "
-                  f"--checkpointing or a smaller --batch make it fit.", file=sys.stderr)
-            return 2
-        except RuntimeError as error:                  # torch tells of a dead worker at any line
-            if "DataLoader worker" not in str(error):
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            line = _one_line(error)
+            if not line:
                 raise
-            print(f"error: {worker_error(error)}", file=sys.stderr, flush=True)
+            print(f"error: {line}", file=sys.stderr, flush=True)
             return 2
         finally:
             with contextlib.suppress(ValueError, TypeError):
@@ -1509,6 +1586,25 @@ def program(main):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapped
+
+
+def _one_line(error: Exception) -> str:
+    """What a person is told of an error that is not the program's own; "" for all others."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in text:
+        return (f"the memory is full ({_first_line(error)}). A smaller --batch, more "
+                f"--micro-batches, --checkpointing or a smaller model make it fit.")
+    if isinstance(error, OSError):                     # a full disk, no permission, no disk
+        return _first_line(error)
+    if "DataLoader worker" in text:                    # torch tells of a dead one at any line
+        return str(worker_error(error))
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if ranks and re.search("peer|gloo|NCCL|[Tt]imed out", text):
+        return (f"another process of this run has ended ({_first_line(error)}). The same command "
+                f"resumes from the last checkpoint.")
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1625,6 +1721,186 @@ def save_picture(image: Image.Image, path: Path, settings: dict | None = None):
 
 
 save_png = save_picture
+
+
+# --------------------------------------------------------------------------------------------------
+# 8 Datasets of latents and texts
+# --------------------------------------------------------------------------------------------------
+
+LATENTS = 2                    # the format of out/latents/
+SHARD = 2048                   # pictures in a file of out/latents/
+BLOCK = 4096                   # captions in a file of out/text/
+
+
+class Shards:
+    """00000.npy, 00001.npy … of a folder: each is opened when it is needed, by who needs it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.opened = folder, {}
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if number not in self.opened:
+            if len(self.opened) >= 64:                 # a process has only so many file handles
+                self.opened.clear()
+            self.opened[number] = np.load(shard_path(self.folder, number), mmap_mode="r")
+        return self.opened[number]
+
+    def __getstate__(self):                            # a worker opens its own: maps are copied
+        return {"folder": self.folder, "opened": {}}
+
+
+def shard_path(folder: Path, number: int, kind: str = "") -> Path:
+    return folder / f"{number:05d}{kind}.npy"
+
+
+def save_array(path: Path, array: np.ndarray):
+    with atomic(path) as partial, open(partial, "wb") as file:
+        np.save(file, array)
+
+
+class Latents(torch.utils.data.Dataset):
+    """out/latents/ and out/text/ as rows; a key is (row, drop_text, drop_source).
+
+    A shard is (pictures, 2, h, w, z_dim) float16: mu and log_var; (…, 1, …) with --latents mu. A
+    batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu
+    of the sources or None; L is padded to a multiple of 16. Rows of a batch agree in drop_source.
+    """
+
+    def __init__(self, folder: Path, rows: list[dict], texts: "Texts"):
+        self.shards, self.texts, self.kinds = Shards(folder), texts, {}
+        self.example = rows[0]["text"] if rows else ""
+        self.image = np.array([row["image"] for row in rows])
+        self.source = np.array([row.get("source", -1) for row in rows])
+        self.text = np.array([texts.index[row["text"]] for row in rows])
+        for number, row in enumerate(rows):
+            kind = row.get("held_out", False), "source" in row
+            self.kinds.setdefault(kind, []).append(number)
+
+    def rows(self, held_out: bool, edits: bool) -> list[int]:
+        return self.kinds.get((held_out, edits), [])
+
+    def posterior(self, picture: int) -> torch.Tensor:
+        return torch.from_numpy(self.shards[picture // SHARD][picture % SHARD].astype(np.float32))
+
+    def __getitem__(self, key):
+        row, drop_text, drop_source = key
+        mu, *log_var = self.posterior(self.image[row])
+        log_var = log_var[0] if log_var else torch.full_like(mu, -30)       # sigma = 3e-7
+        source = -1 if drop_source else self.source[row]
+        source_mu = self.posterior(source)[0] if source >= 0 else None
+        return mu, log_var, self.texts[self.texts.null if drop_text else self.text[row]], source_mu
+
+    def collate(self, items):
+        mu, log_var, texts, sources = zip(*items)
+        length = -(-max(map(len, texts)) // 16) * 16
+        c = torch.zeros(len(items), length, texts[0].shape[1])
+        mask = torch.zeros(len(items), length, dtype=torch.bool)
+        for i, text in enumerate(texts):
+            c[i, :len(text)], mask[i, :len(text)] = text, True
+        source = torch.stack(sources) if sources[0] is not None else None
+        return torch.stack(mu), torch.stack(log_var), c, mask, source
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of out/latents/. Raises UserError."""
+    make = command("psvae.py", out=folder.parent)
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} is not there; first run: {make} (it writes latents at its end).")
+    with reading(folder, f"Write the latents again: {make} --encode-only"):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != LATENTS:
+            raise ValueError(f"format {meta['format']}; needed: {LATENTS}")
+        variance = np.array(meta["variance"], dtype=np.float64)
+        if not (np.isfinite(meta["mean"]).all() and (variance > 0).all()
+                and len(variance) == len(meta["mean"]) == meta["z_dim"]):
+            raise ValueError("no statistics of the channels")
+        return meta
+
+
+def read_rows(folder: Path, meta: dict) -> list[dict]:
+    """rows.jsonl of out/latents/, after a look at every shard. Raises UserError."""
+    make = command("psvae.py", out=folder.parent)
+    with reading(folder, f"Write the latents again: {make} --encode-only"):
+        side = meta["grid"]
+        shape = (1 + (meta["latents"] == "both"), side, side, meta["z_dim"])
+        lengths = [len(Shards(folder)[i]) for i in range(-(-meta["pictures"] // SHARD))]
+        if sum(lengths) != meta["pictures"] or Shards(folder)[0].shape[1:] != shape:
+            raise ValueError("meta.json and the shards do not fit")
+        with open(folder / "rows.jsonl", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        for row in rows:
+            places = (operator.index(row["image"]), operator.index(row.get("source", 0)))
+            if not (0 <= min(places) <= max(places) < meta["pictures"] and row["text"] + "!"):
+                raise ValueError("a row is of no picture")
+        return rows
+
+
+class Texts:
+    """Embeddings of distinct captions, float16, in blocks of out/text/; [i] -> (L, d_text)."""
+
+    def __init__(self, folder: Path, captions: list[str]):
+        with reading(folder, "Remove it: it is written again."):
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.fingerprint, self.dim = meta["fingerprint"], meta["d_text"]
+            self.blocks, self.ends = Shards(folder), []
+            for number in range(-(-len(captions) // BLOCK)):
+                lengths = np.load(shard_path(folder, number, ".lengths"))
+                self.ends.append(np.concatenate([[0], np.cumsum(lengths)]))
+                if self.blocks[number].shape != (lengths.sum(), self.dim) or lengths.min() < 1:
+                    raise ValueError(f"block {number} and its lengths do not fit")
+        self.index = {caption: i for i, caption in enumerate(captions)}
+        self.null = self.index[""]
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        block, at = divmod(int(i), BLOCK)
+        first, end = self.ends[block][at:at + 2]
+        return torch.from_numpy(self.blocks[block][first:end].astype(np.float32))
+
+    def whitening(self, most: int = 200_000) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (d_text,) of the tokens and the map (d_text, d_text) that gives them covariance I
+        (PCA), from `most` of them; directions that hardly vary are not blown up."""
+        starts = np.concatenate([[0], np.cumsum([ends[-1] for ends in self.ends])])
+        every = max(1, starts[-1] // most)
+        tokens = np.concatenate([self.blocks[n][-start % every::every]
+                                 for n, start in enumerate(starts[:-1])]).astype(np.float64)
+        mean = tokens.mean(0)
+        variance, axes = np.linalg.eigh((tokens - mean).T @ (tokens - mean) / len(tokens))
+        scale = 1 / np.sqrt(variance.clip(0) + 1e-3 * variance.mean())
+        return torch.from_numpy(mean).float(), torch.from_numpy(axes * scale).float()
+
+
+def write_texts(final: Path, mark: dict, captions: list[str], encoder: TextEncoder, embed):
+    """Embeds captions block by block into a folder; a block that is there is done.
+
+    embed(captions) -> (B, L, d_text) and its mask (B, L).
+    """
+    work, cut = unfinished(final, mark), 0
+    with progress(len(captions), "texts") as bar:
+        for number in range(-(-len(captions) // BLOCK)):
+            block = captions[number * BLOCK:(number + 1) * BLOCK]
+            if not shard_path(work, number).exists():
+                lengths = encoder.lengths(block)
+                cut += sum(n > encoder.max_tokens for n in lengths)
+                lengths = [min(n, encoder.max_tokens) for n in lengths]
+                if number == 0:
+                    size = 2 * sum(lengths) * encoder.dim * len(captions) // len(block)
+                    free_space(work, size, f"embeddings of {len(captions):,} captions, about")
+                tokens = [None] * len(block)
+                by_length = sorted(range(len(block)), key=lengths.__getitem__)  # little padding
+                for start in range(0, len(block), 256):
+                    part = by_length[start:start + 256]
+                    c, mask = embed([block[i] for i in part])
+                    for i, own, keep in zip(part, c.half().cpu().numpy(), mask.cpu().numpy()):
+                        tokens[i] = own[keep]
+                    bar.update(len(part))
+                save_array(shard_path(work, number, ".lengths"), np.array(list(map(len, tokens))))
+                save_array(shard_path(work, number), np.concatenate(tokens))
+            else:
+                bar.update(len(block))
+    if cut:
+        tqdm.write(f"{cut:,} captions are longer than {encoder.max_tokens} tokens and were cut "
+                   f"(--max-tokens)")
+    finish(work, final, mark | {"fingerprint": encoder.fingerprint(), "d_text": encoder.dim})
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,46 @@
-"""dit.py - stage 3, the Diffusion Transformer:
-learns to turn noise into latents of PS-VAE, conditioned on a text.
+"""dit.py - stage 3, the Diffusion Transformer: noise becomes latents, conditioned on text.
 
-Noise is added to clean latents z_0 to an extent t, and a transformer guesses the noise from z_t, t and the
-caption c. The same network edits: the latents of a source picture join the sequence as further tokens, and
-the text is then an instruction. This file never sees a pixel: sample.py decodes.
+Noise is added to clean latents z_0 to an extent t, and a transformer predicts it from z_t, t and
+the caption c. The same network edits: the latents of a source picture join the sequence as further
+tokens, and the text is then an instruction. This file never sees a pixel: sample.py decodes.
 
-Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architecture.md of Gaurav14cs17/PS-VAE.
+Eq. 20 to 32, as numbered in notes/equations.md; "the guide" is docs/architecture.md of the public
+repository Gaurav14cs17/PS-VAE.
 
-    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps or v
-    source, if any -> the same + type, 256 more tokens   ^   ^               ^              (B,16,16,96)
+    z_t (B,16,16,96) -> Linear + PE -> h (B,256,D) -> [ DiTBlock ] x depth -> AdaLN -> Linear -> eps
+    source, if any -> the same + type, 256 more tokens   ^   ^               ^      (B,16,16,96)
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
     python dit.py                         reads out/latents; tiny: an hour on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
-Reads out/latents/ (psvae.py writes it). Writes out/text/ (every distinct caption's embedding, once),
-out/dit.pt, out/dit.csv and
-out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t). Run again, it goes on.
-Expect (tiny, seed 0): held-out Eq. 32 for t in the second quarter 0.17 after 1,000 steps, 0.10 after 3,000;
-the model that ships is at 0.034 after 38,140, 800 of them notes/places.py. Single objects are then mostly
-right, and two mostly stand where they should; numbers are right in half of the cases.
+Reads out/latents/ (psvae.py writes it). Writes out/text/ (the embedding of every distinct caption),
+out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t).
+Run again, it resumes.
+Expect (tiny, seed 0): held-out Eq. 32 for t in the second quarter 0.17 after 1,000 steps, 0.10
+after 3,000. Single objects are then mostly right; numbers come last.
 """
 
 import collections
 import contextlib
-import json
 import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import data    # first: Ctrl-C while libraries load is no traceback
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-import data
-
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out"                        # folder with latents/; checkpoint, log and picture go there too
+    out: str = "out"                        # folder with latents/; checkpoint and log go there too
     preset: str = ""                        # full or tiny; default: that of the latents
     text_encoder: str = "google/flan-t5-xxl"  # a T5, hub name or folder
     max_tokens: int = 120                   # longest text; what is longer is cut
@@ -59,10 +56,10 @@ class Config:
     drop_both: float = 0.05                 # share of edit batches without source and text
     edit_fraction: float = 0.3              # share of batches that are edits, where there are any
     predict: str = "eps"                    # what the network predicts: eps, as in Eq. 32, or v
-    whiten_text: bool = False               # text enters with mean 0 and covariance I over the captions' tokens
+    whiten_text: bool = False               # text enters with mean 0, covariance I over all tokens
     steps: int = 400_000                    # optimisation steps
     batch: int = 256                        # latents a step, over all processes
-    micro_batches: int = 1                  # gradient accumulation: parts that a process cuts its batch into
+    micro_batches: int = 1                  # gradient accumulation: parts of a process's batch
     learning_rate: float = 1e-4             # peak, after warm-up; AdamW
     weight_decay: float = 0.0               # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
@@ -70,10 +67,10 @@ class Config:
     ema: float = 0.9999                     # decay of the averaged weights that sampling uses
     precision: str = "bf16"                 # bf16 (autocast; loss in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
-    checkpointing: bool = False             # recompute activations going back: less memory, a third slower
+    checkpointing: bool = False             # recompute activations: less memory, a third slower
     device: str = "auto"                    # auto, cpu or cuda
     workers: int = 4                        # processes that read latents
-    max_broken: float = 0.01                # largest tolerated fraction of unusable rows
+    max_broken: float = 0.01                # largest tolerated share of unusable rows
     log_every: int = 50                     # steps between rows of the log
     eval_every: int = 2000                  # steps between held-out losses and previews
     save_every: int = 2000                  # steps between checkpoints
@@ -81,14 +78,12 @@ class Config:
     fresh: bool = False                     # move the old run aside and start over
 
     def __post_init__(self):
-        data.check(self, max_tokens=(1, 4096), width=(2, 65536), depth=(1, 1000), heads=(1, 1000),
-                   T=(1, 100_000), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999), drop_text=(0, 1),
-                   drop_both=(0, 1), edit_fraction=(0, 1), steps=(1, 1e9),
-                   batch=(1, 1e6), micro_batches=(1, 1e6), learning_rate=(0, 10), weight_decay=(0, 10),
-                   warmup=(0, 1e9), clip=(1e-9, 1e9), ema=(0, 1), workers=(0, 512), max_broken=(0, 1),
-                   log_every=(1, 1e9), eval_every=(1, 1e9), save_every=(1, 1e9), seed=(0, 2**63 - 1))
+        data.check(self, width=(2, 65536), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999),
+                   drop_text=(0, 1), drop_both=(0, 1), edit_fraction=(0, 1), ema=(0, 1),
+                   clip=(1e-9, 1e9), max_broken=(0, 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
-                          schedule=("scaled_linear", "linear"), predict=("eps", "v"), size=("", *SIZES))
+                          schedule=("scaled_linear", "linear"), predict=("eps", "v"),
+                          size=("", *SIZES))
         if self.width % self.heads:
             raise data.UserError(f"--width {self.width} does not divide by --heads {self.heads}.")
 
@@ -96,136 +91,203 @@ class Config:
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
          "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {
+    # DEVIATION: the guide's T5-XXL is flan-t5-xxl, the same network tuned further, whose tokenizer
+    # needs no more packages; and texts end after --max-tokens, to bound their memory.
     "full": {},
-    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=128, depth=6, heads=4, steps=8000,
-                 edit_fraction=0.2, predict="v", whiten_text=True, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
-                 precision="fp32", compile=False, workers=0, log_every=20, eval_every=500, save_every=500),
+    "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=128, depth=6, heads=4,
+                 steps=8000, edit_fraction=0.2, predict="v", whiten_text=True, batch=64,
+                 learning_rate=2e-3, warmup=100, ema=0.999, precision="fp32", compile=False,
+                 workers=0, log_every=20, eval_every=500, save_every=500),
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Diffusion Process
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Diffusion Process. Forward Process (Adding Noise)
+# --------------------------------------------------------------------------------------------------
+
+
+def forward_process(z_0, t: torch.Tensor, alpha_bar: torch.Tensor):
+    """Mean and standard deviation of z_t given z_0.
+
+    z_0 (B, ...), t (B,) in 1 .. T, alpha_bar (T + 1,) -> (B, ...), (B, 1, ...)
+    """
+    signal, noise = scales(alpha_bar, t, z_0)
+    # Eq. 20: q(z_t | z_0) = N( z_t; sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I )
+    return signal * z_0, noise
 
 
 def noise_schedule(T: int, beta_start: float, beta_end: float,
                    schedule: str = "scaled_linear") -> torch.Tensor:
-    """Eq. 21: alpha_bar_0 .. alpha_bar_T, (T + 1,) float64.
-    alpha_bar_0 = 1 stands in front: no noise at t = 0."""
+    """alpha_bar_0 .. alpha_bar_T: (T + 1,), float64. No noise at t = 0: alpha_bar_0 is 1."""
     if schedule == "scaled_linear":         # "scaled": it is sqrt(beta) that grows linearly
         beta = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64) ** 2
     else:
         beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
     # Eq. 21: alpha_bar_t = prod_{s=1..t} alpha_s, alpha_t = 1 - beta_t, beta_t in [1e-4, 0.02]
-    alpha = 1 - beta
-    return torch.cat([torch.ones(1, dtype=torch.float64), alpha.cumprod(0)])
+    alpha_bar = (1 - beta).cumprod(0)
+    return torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])
 
 
-def add_noise(z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """Eq. 20, 22: z_0, eps (B, ...), t (B,) in 1 .. T,
-    alpha_bar (T + 1,) -> z_t (B, ...) in the type of z_0."""
-    ab = alpha_bar[t].view(-1, *[1] * (z_0.dim() - 1))                      # (B, 1, ...)
-    # Eq. 20: q(z_t | z_0) = N( z_t; sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I ), that is
-    # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
-    return ab.sqrt().to(z_0.dtype) * z_0 + (1 - ab).sqrt().to(z_0.dtype) * eps
+def add_noise(z_0, t: torch.Tensor, eps, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """A sample of q(z_t | z_0): z_0, eps (B, ...), t (B,) in 1 .. T -> z_t (B, ...)."""
+    mean, deviation = forward_process(z_0, t, alpha_bar)
+    # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps, eps ~ N(0, I)
+    return mean + deviation * eps
 
 
-def predict_z_0(z_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
-                alpha_bar: torch.Tensor) -> torch.Tensor:
-    """Eq. 22 solved for z_0; shapes as in add_noise."""
-    ab = alpha_bar[t].view(-1, *[1] * (z_t.dim() - 1))
-    return (z_t - (1 - ab).sqrt().to(z_t.dtype) * eps) / ab.sqrt().to(z_t.dtype)
+def scales(alpha_bar: torch.Tensor, t: torch.Tensor, like: torch.Tensor):
+    """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t): each (B, 1, ...), in the type of `like`."""
+    ab = alpha_bar[t].view(-1, *[1] * (like.dim() - 1))
+    return ab.sqrt().to(like.dtype), (1 - ab).sqrt().to(like.dtype)
 
 
-# Eq. 23: p(z_{t-1} | z_t) = N( z_{t-1}; mu_theta(z_t, t), sigma_t^2 I ) is sample.py's DDIM with eta = 1
-# and all T steps.
+# --- Reverse Process (Denoising) ------------------------------------------------------------------
+
+def predict_z_0(z_t, t: torch.Tensor, eps, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """What the reverse process aims at: Eq. 22 solved for z_0. Shapes as in add_noise.
+
+    sample.py takes the step from z_t towards it; with all T steps and eta = 1 that is Eq. 23.
+    """
+    signal, noise = scales(alpha_bar, t, z_t)
+    # Eq. 23: p(z_{t-1} | z_t) = N( z_{t-1}; mu_theta(z_t, t), sigma_t^2 I ), mu_theta on the way to
+    return (z_t - noise * eps) / signal
 
 
-# ------------------------------------------------------------------------------------------------------------
-# DiT Architecture
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# DiT Architecture. Input Processing: 1. Patch Embedding
+# --------------------------------------------------------------------------------------------------
 
+
+def patch_embedding(z, linear: nn.Linear, position: torch.Tensor) -> torch.Tensor:
+    """Every cell of the latent is a token: z (B, h, w, z_dim), position (1, N, D) -> (B, N, D)."""
+    # Eq. 24: h_0 = Linear(z_t) + PE
+    return linear(z.flatten(1, 2)) + position
+
+
+def sine_cosine(grid: int, width: int) -> torch.Tensor:
+    """Where the learnable PE starts: (1, grid * grid, width), half of it for row, half for column.
+
+    Small noise, the usual start, drowns in Linear(z_t): places are then read several times later.
+    """
+    half = width // 2
+    angle = timestep_embedding(torch.arange(grid) * 1000 / grid, half)      # (grid, width / 2)
+    rows, columns = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
+    both = torch.cat([rows, columns], dim=-1)
+    return F.pad(both, (0, width - 2 * angle.shape[1])).flatten(0, 1)[None]
+
+
+# --- 2. Timestep Embedding ------------------------------------------------------------------------
 
 def timestep_embedding(t: torch.Tensor, d: int) -> torch.Tensor:
-    """Eq. 25 without its MLP (that is DiT.time):
-    t (B,) -> (B, d), in fp32: bf16 cannot tell t = 999 from 1000."""
+    """t (B,) -> (B, d), what the MLP (DiT.time) gets; in fp32: to bf16, 999 and 1000 are one."""
+    # DEVIATION: i ends at d/2 - 1, not at d/2, so that there are d numbers; no effect otherwise.
     i = torch.arange(d // 2, device=t.device, dtype=torch.float32)
-    # Eq. 25: t_emb = MLP( [ sin(t / 10000^(2i/d)), cos(t / 10000^(2i/d)) ] ), i = 0 .. d/2 - 1
+    # Eq. 25: t_emb = MLP( [ sin(t / 10000^(2i/d)), cos(t / 10000^(2i/d)) ]_i )
     angle = t.float()[:, None] / 10000 ** (2 * i / d)                       # (B, d/2)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def adaln(h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Eq. 27: h (B, N, D), gamma, beta (B, 1, D).
-    LayerNorm has no weights of its own: gamma and beta are these."""
-    # Eq. 27: AdaLN(h) = gamma * LayerNorm(h) + beta, gamma and beta from an MLP of t_emb
-    return torch.addcmul(beta, gamma, F.layer_norm(h, h.shape[-1:]))       # beta + gamma * ..., in one pass
+# --- 3. Text Embedding ----------------------------------------------------------------------------
 
+def text_embedding(encoder: data.TextEncoder, prompts: list[str]):
+    """From a frozen T5: c (B, L, d_text) fp32 and its mask (B, L), True at tokens."""
+    # Eq. 26: c = TextEncoder(prompt), c in R^(L x d_text)
+    return encoder(prompts)
+
+
+# --------------------------------------------------------------------------------------------------
+# DiT Block: 1. Adaptive Layer Norm (AdaLN)
+# --------------------------------------------------------------------------------------------------
+
+
+def adaln(h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """h (B, N, D), gamma, beta (B, 1, D), which are the weights of the LayerNorm."""
+    # Eq. 27: AdaLN(h) = gamma * LayerNorm(h) + beta, gamma and beta from an MLP of t_emb
+    return torch.addcmul(beta, gamma, F.layer_norm(h, h.shape[-1:]))        # in one pass
+
+
+# --- 2. Self-Attention ----------------------------------------------------------------------------
 
 class SelfAttention(nn.Module):
-    """Eq. 28: h (B, N, D) -> (B, N, D)."""
+    """h (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        # Eq. 28: Q, K, V = h W_Q, h W_K, h W_V; Attention(Q, K, V) = softmax( Q K^T / sqrt(d_k) ) V
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d_k)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # Eq. 28: Q, K, V = h W_Q, h W_K, h W_V; Attention = softmax( Q K^T / sqrt(d_k) ) V
+        q, k, v = split_heads(self.qkv(h), 3, self.heads)                   # (B, heads, N, d_k)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.out(h.transpose(1, 2).flatten(2))
 
+
+def split_heads(h: torch.Tensor, parts: int, heads: int) -> torch.Tensor:
+    """(B, N, parts * D) -> (parts, B, heads, N, d_k), d_k = D / heads."""
+    return h.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+# --- 3. Cross-Attention (with text) ---------------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """Eq. 29: h (B, N, D) looks at the text;
-    its keys and values do not depend on t, so they are computed apart."""
+    """h (B, N, D) reads the text. K and V do not depend on t: sampling computes them once."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.out = (nn.Linear(width, width), nn.Linear(width, 2 * width),
-                                     nn.Linear(width, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
 
     def keys_values(self, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c (B, L, D) -> K, V (B, heads, L, d_k)."""
-        # Eq. 29: K, V = c W_K, c W_V
-        return self.kv(c).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(self.kv(c), 2, self.heads).unbind(0)
 
-    def forward(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        # Eq. 29: Q = h W_Q, then as Eq. 28; mask (B, 1, 1, L) is True at tokens, False at padding
-        q = self.q(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, d_k)
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+    def forward(self, h: torch.Tensor, k, v, mask: torch.Tensor) -> torch.Tensor:
+        """mask (B, 1, 1, L) is True at tokens, False at padding."""
+        # Eq. 29: Q = h W_Q, K, V = c W_K, c W_V, then as Eq. 28
+        (q,) = split_heads(self.q(h), 1, self.heads)                        # (B, heads, N, d_k)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(h.transpose(1, 2).flatten(2))
 
+
+# --- 4. Feed-Forward Network ----------------------------------------------------------------------
 
 class FFN(nn.Module):
-    """Eq. 30: h (B, N, D) -> (B, N, D), four times as wide inside."""
+    """h (B, N, D) -> (B, N, D), four times as wide inside."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.w_1, self.w_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.w_1 = nn.Linear(width, 4 * width)
+        self.w_2 = nn.Linear(4 * width, width)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         # Eq. 30: FFN(h) = GELU(h W_1) W_2
         return self.w_2(F.gelu(self.w_1(h)))
 
 
-class DiTBlock(nn.Module):
-    """h (B, N, D) -> (B, N, D): self-attention, cross-attention, FFN, each after an AdaLN and behind a gate.
+# --- 5. Gated Residual ----------------------------------------------------------------------------
 
-    All nine modulation vectors come from one Linear of t_emb that starts at zero: AdaLN's gamma is 1 + 0, its
-    beta 0, the gate 0, so a fresh block is the identity (adaLN-Zero, Peebles and Xie 2023).
+class DiTBlock(nn.Module):
+    """h (B, N, D) -> (B, N, D): self-attention, cross-attention, FFN, each after its AdaLN.
+
+    The nine modulation vectors come from one Linear of t_emb that starts at zero: gamma is 1 + 0,
+    beta and gate are 0, and a fresh block is the identity (adaLN-Zero, Peebles and Xie 2023).
     """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.attention, self.cross, self.ffn = (SelfAttention(width, heads), CrossAttention(width, heads),
-                                                FFN(width))
+        self.attention = SelfAttention(width, heads)
+        self.cross = CrossAttention(width, heads)
+        self.ffn = FFN(width)
         self.modulation = nn.Sequential(nn.SiLU(), zero_linear(width, 9 * width))
 
     def forward(self, h: torch.Tensor, modulation: torch.Tensor, k, v, mask) -> torch.Tensor:
-        (scale_1, beta_1, gate_1, scale_2, beta_2, gate_2,
-         scale_3, beta_3, gate_3) = modulation.unflatten(-1, (9, 1, -1)).unbind(1)          # (B, 1, D) each
-        # Eq. 31: h = h + gate * Block(h), addcmul: in one pass over memory
+        (scale_1, beta_1, gate_1, scale_2, beta_2, gate_2, scale_3, beta_3, gate_3) = (
+            modulation.unflatten(-1, (9, 1, -1)).unbind(1))                 # (B, 1, D) each
+        # Eq. 31: h = h + gate * Block(h)
         h = torch.addcmul(h, gate_1, self.attention(adaln(h, 1 + scale_1, beta_1)))
         h = torch.addcmul(h, gate_2, self.cross(adaln(h, 1 + scale_2, beta_2), k, v, mask))
         h = torch.addcmul(h, gate_3, self.ffn(adaln(h, 1 + scale_3, beta_3)))
@@ -239,21 +301,14 @@ def zero_linear(d_in: int, d_out: int) -> nn.Linear:
     return linear
 
 
-def sine_cosine(grid: int, width: int) -> torch.Tensor:
-    """Where the learnable PE of Eq. 24 starts from: (1, grid * grid, width), half of it for the row and half for
-    the column. From noise of 0.02, which drowns in Linear(z_t), places are read several times later."""
-    half = width // 2
-    angle = timestep_embedding(torch.arange(grid) * 1000 / grid, half)      # (grid, width / 2)
-    rows, columns = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
-    return F.pad(torch.cat([rows, columns], dim=-1), (0, width - 2 * angle.shape[1])).flatten(0, 1)[None]
-
+# --- The whole network ----------------------------------------------------------------------------
 
 class DiT(nn.Module):
-    """What the network predicts of z_t, t, c[, source]: eps, or v (see eps_from_v).
+    """eps_theta(z_t, t, c), or v (see eps_from_v); with a source picture, an edit of it.
 
-    Args of forward: z_t (B, h, w, z_dim) normalised latents with noise; t (B,) in 1 .. T; c (B, L, d_text)
-    text embeddings and mask (B, L), True at tokens; source (B, h, w, z_dim) normalised clean latents of the
-    picture to edit, or None. Returns (B, h, w, z_dim).
+    Args of forward: z_t (B, h, w, z_dim), noisy normalised latents; t (B,) in 1 .. T; c (B, L,
+    d_text) and mask (B, L), True at tokens; source, clean latents of the picture to edit, or None.
+    Returns (B, h, w, z_dim).
     """
 
     def __init__(self, grid: int, z_dim: int, d_text: int, width: int, depth: int, heads: int,
@@ -262,13 +317,17 @@ class DiT(nn.Module):
         self.grid, self.whiten_text, self.checkpointing = grid, whiten_text, checkpointing
         self.embed = nn.Linear(z_dim, width)
         self.position = nn.Parameter(sine_cosine(grid, width))
-        self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # tells source tokens from z_t's
+        self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # marks source tokens
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        # DEVIATION: one Linear(d_text, D) before every block's W_K and W_V: the guide's d_text is
+        # 4096 for T5-XXL, and a W_K and W_V of that width in each block would outweigh the rest.
         self.text = nn.Linear(d_text, width)
-        if whiten_text:                                                     # set before training, then fixed
+        if whiten_text:                                                     # set once, then fixed
             self.register_buffer("text_shift", torch.zeros(d_text))
             self.register_buffer("text_map", torch.eye(d_text))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        # DEVIATION: the guide ends with the blocks. AdaLN and a Linear bring D back to z_dim; that
+        # Linear starts at zero, so a fresh DiT predicts 0.
         self.head_modulation = nn.Sequential(nn.SiLU(), zero_linear(width, 2 * width))
         self.head = zero_linear(width, z_dim)
 
@@ -276,23 +335,26 @@ class DiT(nn.Module):
         return self.denoise(z_t, self.modulations(t), self.keys_values(c), mask, source)
 
     def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """All that depends on t alone: one (B, 9 D) for each block, (B, 2 D) for the head."""
-        # Eq. 25: t_emb = MLP(...)
+        """All that depends on t alone: (B, 9 D) for each block, (B, 2 D) for the head."""
         t_emb = self.time(timestep_embedding(t, 256))                       # (B, D)
         return [block.modulation(t_emb) for block in self.blocks] + [self.head_modulation(t_emb)]
 
     def keys_values(self, c: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """All that depends on the text alone: (K, V) for each block; sampling needs it once for all steps."""
+        """All that depends on the text alone: (K, V) for each block."""
         if self.whiten_text:
+            # DEVIATION (--whiten-text, tiny): T5's tokens enter with covariance I. What tells
+            # shapes apart in them is a tenth of what tells colours apart; whitened, both are read.
             c = (c - self.text_shift) @ self.text_map
         c = self.text(c)                                                    # (B, L, D)
         return [block.cross.keys_values(c) for block in self.blocks]
 
     def denoise(self, z_t, modulations, keys_values, mask, source=None) -> torch.Tensor:
-        # Eq. 24: h_0 = Linear(z_t) + PE
-        h = self.embed(z_t.flatten(1, 2)) + self.position                   # (B, N, D)
+        h = patch_embedding(z_t, self.embed, self.position)                 # (B, N, D)
         if source is not None:
-            h = torch.cat([h, self.embed(source.flatten(1, 2)) + self.position + self.source_type], dim=1)
+            # DEVIATION: the guide promises editing and has no equation for it. As in the paper, the
+            # source picture's latents are further tokens, at the same places, of their own type.
+            h_source = patch_embedding(source, self.embed, self.position) + self.source_type
+            h = torch.cat([h, h_source], dim=1)
         mask = mask[:, None, None, :]                                       # (B, 1, 1, L)
         for block, modulation, (k, v) in zip(self.blocks, modulations, keys_values):
             if self.checkpointing and self.training:
@@ -300,219 +362,76 @@ class DiT(nn.Module):
             else:
                 h = block(h, modulation, k, v, mask)
         scale, beta = modulations[-1].unflatten(-1, (2, 1, -1)).unbind(1)
-        h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # the source tokens' part is done
-        return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))      # (B, h, w, z_dim)
+        h = adaln(h[:, :self.grid ** 2], 1 + scale, beta)                   # no source tokens
+        return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training Objective
-# ------------------------------------------------------------------------------------------------------------
-
-
-def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """The guide's z_0 = PS-VAE.encode(x), from a stored posterior: a fresh sample by Eq. 6 at every step.
-    Where psvae.py --latents mu kept the mean alone, sigma is next to nothing and z_0 is mu."""
-    # Eq. 6: z = mu + sigma * eps, sigma = exp(log sigma^2 / 2)
-    return mu + torch.exp(0.5 * log_var) * eps
-
-
-def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """Every channel to mean 0, variance 1: Eq. 22 mixes z_0 with noise of variance 1,
-    and latents are not N(0, I)."""
-    return (z - mean) / variance.sqrt()
-
-
-def v_of(z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans and Ho 2022); shapes as in add_noise."""
-    ab = alpha_bar[t].view(-1, *[1] * (z_0.dim() - 1))
-    return ab.sqrt().to(z_0.dtype) * eps - (1 - ab).sqrt().to(z_0.dtype) * z_0
-
-
-def eps_from_v(z_t: torch.Tensor, v: torch.Tensor, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """eps = sqrt(1 - alpha_bar_t) z_t + sqrt(alpha_bar_t) v; shapes as in add_noise."""
-    ab = alpha_bar[t].view(-1, *[1] * (z_t.dim() - 1))
-    return (1 - ab).sqrt().to(z_t.dtype) * z_t + ab.sqrt().to(z_t.dtype) * v
+# --------------------------------------------------------------------------------------------------
 
 
 def dit_loss(target: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Eq. 32: the mean over all elements, both (B, ...) (the guide's norm sums over them: the same minimum).
-
-    With --predict v target and prediction are v: then each latent's error of eps is divided by alpha_bar_t.
-    """
-    # DEVIATION (--predict v): the network need not carry the noise through, and noisy t, where the prompt is
-    # decided, weigh as much as others; learns several times faster (notes/decisions.md)
+    """Both (B, h, w, z_dim) -> scalar. The mean, where the guide's norm sums: the same minimum."""
     # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2
     return (target - prediction).square().mean()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Latents and texts
-# ------------------------------------------------------------------------------------------------------------
+# DEVIATION (--predict v, tiny): target and prediction of Eq. 32 are v instead of eps. The network
+# need not carry the noise through, and noisy t, where the prompt decides, weigh as much as others:
+# it learns several times faster. The error of eps is thereby divided by alpha_bar_t.
 
 
-class Latents(torch.utils.data.Dataset):
-    """out/latents/ and out/text/ as rows.
-    A key is (row, drop_text, drop_source); rows of a batch agree in drop_source.
+def v_of(z_0, t: torch.Tensor, eps, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans and Ho 2022)."""
+    signal, noise = scales(alpha_bar, t, z_0)
+    return signal * eps - noise * z_0
 
-    A batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu of the
-    sources or None; L is padded to a multiple of 16.
+
+def eps_from_v(z_t, v, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """eps = sqrt(1 - alpha_bar_t) z_t + sqrt(alpha_bar_t) v; shapes as in add_noise."""
+    signal, noise = scales(alpha_bar, t, z_t)
+    return noise * z_t + signal * v
+
+
+def sample_z_0(mu: torch.Tensor, log_var: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """The guide's z_0 = PS-VAE.encode(x), from a stored posterior: a fresh sample at every step.
+
+    Where psvae.py --latents mu kept the mean alone, sigma is next to nothing and z_0 is mu.
     """
-
-    def __init__(self, folder: Path, meta: dict, rows: list[dict], texts: "Texts"):
-        self.mu = np.load(folder / "mu.npy", mmap_mode="r")
-        self.log_var = np.load(folder / "log_var.npy", mmap_mode="r") if meta["latents"] == "both" else None
-        self.texts, self.image, self.text, self.source, self.kinds = texts, [], [], [], {}
-        for number, row in enumerate(rows):
-            self.image.append(row["image"])
-            self.text.append(texts.index[row["text"]])
-            self.source.append(row.get("source", -1))
-            self.kinds.setdefault((row.get("held_out", False), "source" in row), []).append(number)
-
-    def rows(self, held_out: bool, edits: bool) -> list[int]:
-        return self.kinds.get((held_out, edits), [])
-
-    def __getitem__(self, key):
-        row, drop_text, drop_source = key
-        image, source = self.image[row], -1 if drop_source else self.source[row]
-        mu = torch.from_numpy(self.mu[image].astype(np.float32))
-        log_var = (torch.from_numpy(self.log_var[image].astype(np.float32)) if self.log_var is not None
-                   else torch.full_like(mu, -30))                           # no variance kept: sigma = 3e-7
-        source_mu = torch.from_numpy(self.mu[source].astype(np.float32)) if source >= 0 else None
-        return mu, log_var, self.texts[self.texts.null if drop_text else self.text[row]], source_mu
-
-    def collate(self, items):
-        mu, log_var, texts, sources = zip(*items)
-        length = -(-max(map(len, texts)) // 16) * 16
-        c, mask = (torch.zeros(len(items), length, texts[0].shape[1]),
-                   torch.zeros(len(items), length, dtype=torch.bool))
-        for i, text in enumerate(texts):
-            c[i, :len(text)], mask[i, :len(text)] = text, True
-        source = torch.stack(sources) if sources[0] is not None else None
-        return torch.stack(mu), torch.stack(log_var), c, mask, source
+    return mu + torch.exp(0.5 * log_var) * eps
 
 
-class Texts:
-    """Embeddings of distinct captions, float16, one after another in out/text/embeddings.npy;
-    [i] -> (L, d_text)."""
-
-    def __init__(self, folder: Path, captions: list[str]):
-        self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
-        self.offsets = np.load(folder / "offsets.npy")
-        self.fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
-        self.index = {caption: i for i, caption in enumerate(captions)}
-        self.null, self.dim = self.index[""], self.embeddings.shape[1]
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.from_numpy(self.embeddings[self.offsets[i]:self.offsets[i + 1]].astype(np.float32))
-
-    def whitening(self, most: int = 200_000) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (d_text,) of the tokens and the map (d_text, d_text) that gives them covariance I (PCA), from
-        `most` of them; directions that hardly vary are not blown up. What tells shapes apart is a tenth of
-        what tells colours apart in T5's tokens; whitened, both are read."""
-        tokens = self.embeddings[::max(1, len(self.embeddings) // most)].astype(np.float64)
-        mean = tokens.mean(0)
-        variance, axes = np.linalg.eigh((tokens - mean).T @ (tokens - mean) / len(tokens))
-        scale = 1 / np.sqrt(variance.clip(0) + 1e-3 * variance.mean())
-        return torch.from_numpy(mean).float(), torch.from_numpy(axes * scale).float()
+def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Every channel to mean 0 and variance 1."""
+    # DEVIATION: Eq. 22 mixes z_0 with noise of variance 1, and latents are not N(0, I): without
+    # this the noise schedule would mean something else for every channel.
+    return (z - mean) / variance.sqrt()
 
 
-@torch.no_grad()
-def encode_texts(cfg: Config, run: data.Run, captions: list[str]) -> Texts:
-    """Embeds each distinct caption once and frees the encoder, before the DiT needs the memory;
-    kept in out/text/."""
-    folder = run.out / "text"
-    key = {"captions": data.digest_of(captions), "encoder": data.stamp(cfg.text_encoder),
-           "max_tokens": cfg.max_tokens}
-    meta = data.read_json(folder / "meta.json")
-    if run.main and any(meta.get(name) != value for name, value in key.items()):
-        work = run.out / "text.partial"
-        data.remove_folder(work)
-        encoder = data.load_text_encoder(cfg.text_encoder, cfg.max_tokens, run.device)
-        lengths = [len(ids) for ids in encoder.tokenizer(captions)["input_ids"]]
-        cut, lengths = sum(n > cfg.max_tokens for n in lengths), [min(n, cfg.max_tokens) for n in lengths]
-        data.free_space(work, 2 * sum(lengths) * encoder.dim,
-                        f"embeddings of {len(captions):,} distinct captions")
-        if cut:
-            run.say(f"{cut:,} captions are longer than {cfg.max_tokens} tokens and were cut (--max-tokens)")
-        array = data.new_array(work / "embeddings.npy", (sum(lengths), encoder.dim))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        by_length = sorted(range(len(captions)), key=lengths.__getitem__)   # equal lengths need no padding
-        for start in data.tqdm(range(0, len(captions), 256), desc="texts", mininterval=1):
-            part = by_length[start:start + 256]
-            # Eq. 26: c = TextEncoder(prompt), c in R^(L x d_text)
-            embeddings, mask = encoder([captions[i] for i in part])
-            for i, embedding, keep in zip(part, embeddings.half().cpu().numpy(), mask.cpu().numpy()):
-                array[offsets[i]:offsets[i + 1]] = embedding[keep]
-        array.flush()
-        np.save(work / "offsets.npy", offsets)
-        (work / "meta.json").write_text(json.dumps(key | {"fingerprint": encoder.fingerprint()}))
-        data.replace_folder(work, folder)
-        del encoder                                    # a T5-XXL is 9 GB: gone before there is a DiT
-        torch.cuda.empty_cache()
-    run.barrier()
-    return Texts(folder, captions)
-
-
-def words_of(texts: list[str], most: int = 10_000) -> list[str]:
-    """The `most` frequent words of the captions, lower-cased: sample.py says which words a prompt has besides."""
-    counts = collections.Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
-    return [word for word, _ in counts.most_common(most)]
-
-
-def is_edit(step: int, fraction: float) -> bool:
-    """Whether a step's batch is one of edits:
-    evenly spread, floor(step * fraction) of them before each step."""
-    return math.floor((step + 1) * fraction) > math.floor(step * fraction)
-
-
-def keys_of_step(step: int, cfg: Config, captions: list[int],
-                 edits: list[int]) -> list[tuple[int, bool, bool]]:
-    """The global batch of a step as keys of Latents. Never the source alone is dropped: that would teach the
-    model to draw a whole picture from "make it green"."""
-    share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
-    edit, edits_before = is_edit(step, share), math.floor(step * share)
-    rows, number = (edits, edits_before) if edit else (captions, step - edits_before)
-    chosen = data.order(cfg.seed, f"dit {'edit' if edit else 'caption'}", len(rows), cfg.batch, number)
-    g = data.generator(cfg.seed, "dit", step, "drop")
-    drop_both = edit and torch.rand((), generator=g).item() < cfg.drop_both
-    drop_text = torch.rand(cfg.batch, generator=g) < cfg.drop_text
-    return [(rows[row], drop_both or bool(drop), drop_both) for row, drop in zip(chosen, drop_text)]
-
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Held-out losses and preview
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def averaged(model: DiT, ema: dict[str, torch.Tensor]):
-    """Inside the block the model has its averaged weights and is in eval mode."""
-    raw = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(ema)
-    try:
-        yield model.eval()
-    finally:
-        model.load_state_dict(raw)
-        model.train()
-
-
-def held_out_batch(run: data.Run, latents: Latents, rows: list[int], mean, variance, most: int = 64):
-    """(z_0, c, mask, source) of rows from all over the list, on the device; z_0 is the normalised mu."""
+def held_out_batch(run: data.Run, latents: data.Latents, rows: list[int], mean, variance, most=64):
+    """(z_0, c, mask, source) of rows from all over the list; z_0 is the normalised mu."""
     rows = rows[::max(1, len(rows) // most)][:most]
-    mu, _, c, mask, source = run.to_device(latents.collate([latents[(row, False, False)] for row in rows]))
-    return (normalise(mu, mean, variance), c, mask,
-            source if source is None else normalise(source, mean, variance))
+    batch = latents.collate([latents[(row, False, False)] for row in rows])
+    mu, _, c, mask, source = run.to_device(batch)
+    source = source if source is None else normalise(source, mean, variance)
+    return normalise(mu, mean, variance), c, mask, source
 
 
 @torch.no_grad()
 def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor,
                     cfg: Config) -> dict[str, float]:
-    """Eq. 32 (of v with --predict v) on held-out latents for t in each quarter q1 .. q4 of 1 .. T,
-    the same t and noise at every call."""
+    """The loss for t in each quarter q1 .. q4 of 1 .. T; t and noise are the same at every call."""
     g = data.generator(cfg.seed, "dit", 0, "held out", z_0.device)
     losses = {}
     for quarter in range(4):
-        low, high = 1 + cfg.T * quarter // 4, max(1 + cfg.T * (quarter + 1) // 4, 2 + cfg.T * quarter // 4)
+        low = 1 + cfg.T * quarter // 4
+        high = max(1 + cfg.T * (quarter + 1) // 4, low + 1)
         t = torch.randint(low, high, (len(z_0),), generator=g, device=z_0.device)
         eps = torch.randn(z_0.shape, generator=g, device=z_0.device)
         z_t = add_noise(z_0, t, eps, alpha_bar)
@@ -525,28 +444,92 @@ def held_out_losses(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor,
 def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Config, path: Path):
     """Latents as PCA colours: z_0 | z_t | predicted z_0 at four t, for four held-out pictures."""
     z_0, c, mask, source = (None if part is None else part[:4] for part in (z_0, c, mask, source))
-    eps = torch.randn(z_0.shape, generator=data.generator(cfg.seed, "dit", 0, "preview")).to(z_0.device)
+    g = data.generator(cfg.seed, "dit", 0, "preview")
+    eps = torch.randn(z_0.shape, generator=g).to(z_0.device)
     titles, columns = ["z_0"], [z_0]
-    for t_value in (max(1, round(cfg.T * share)) for share in (0.1, 0.3, 0.6, 0.9)):
-        t = torch.full((len(z_0),), t_value, device=z_0.device)
+    for share in (0.1, 0.3, 0.6, 0.9):
+        t = torch.full((len(z_0),), max(1, round(cfg.T * share)), device=z_0.device)
         z_t = add_noise(z_0, t, eps, alpha_bar)
         eps_hat = model(z_t, t, c, mask, source)
         if cfg.predict == "v":
             eps_hat = eps_from_v(z_t, eps_hat, t, alpha_bar)
         columns += [z_t, predict_z_0(z_t, t, eps_hat, alpha_bar)]
-        titles += [f"z_t, t = {t_value}", "predicted z_0"]
+        titles += [f"z_t, t = {t[0].item()}", "predicted z_0"]
     colours = data.pca_colours(*columns, size=96)
     data.save_png(data.grid([list(row) for row in zip(*colours)], heads=titles), path)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training Procedures. Stage 3: Train DiT
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+
+def is_edit(step: int, fraction: float) -> bool:
+    """Whether a step's batch is one of edits: evenly spread, floor(step * fraction) before each."""
+    return math.floor((step + 1) * fraction) > math.floor(step * fraction)
+
+
+def keys_of_step(step: int, cfg: Config, captions: list[int],
+                 edits: list[int]) -> list[tuple[int, bool, bool]]:
+    """The global batch of a step as keys of data.Latents: (row, drop_text, drop_source).
+
+    The source is never dropped alone: that would teach to draw a picture from "make it green".
+    """
+    share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
+    edit, edits_before = is_edit(step, share), math.floor(step * share)
+    rows, number = (edits, edits_before) if edit else (captions, step - edits_before)
+    stream = f"dit {'edit' if edit else 'caption'}"
+    chosen = data.order(cfg.seed, stream, len(rows), cfg.batch, number)
+    g = data.generator(cfg.seed, "dit", step, "drop")
+    drop_both = edit and torch.rand((), generator=g).item() < cfg.drop_both
+    drop_text = torch.rand(cfg.batch, generator=g) < cfg.drop_text
+    return [(rows[row], drop_both or bool(drop), drop_both) for row, drop in zip(chosen, drop_text)]
+
+
+def embed_captions(cfg: Config, run: data.Run, captions: list[str]) -> data.Texts:
+    """Embeds each distinct caption once, kept in out/text/, and frees the encoder before there is a
+    DiT: a T5-XXL is 9 GB."""
+    folder = run.out / "text"
+    mark = {"captions": data.digest_of(captions), "encoder": data.stamp(cfg.text_encoder),
+            "max_tokens": cfg.max_tokens}
+    meta = data.read_json(folder / "meta.json")
+    if run.main and any(meta.get(name) != value for name, value in mark.items()):
+        run.say(f"text encoder {cfg.text_encoder}: {len(captions):,} distinct captions")
+        encoder = data.load_text_encoder(cfg.text_encoder, cfg.max_tokens, run.device)
+        embed = lambda part: text_embedding(encoder, part)
+        data.write_texts(folder, mark, captions, encoder, embed)
+        del encoder, embed
+        torch.cuda.empty_cache()
+    run.barrier()
+    return data.Texts(folder, captions)
+
+
+def words_of(texts: list[str], most: int = 10_000) -> list[str]:
+    """The most frequent words of the captions: sample.py names what a prompt has besides."""
+    words = (word for text in texts for word in re.findall(r"\w+", text.lower()))
+    counts = collections.Counter(words)
+    return [word for word, _ in counts.most_common(most)]
+
+
+@contextlib.contextmanager
+def averaged(model: DiT, ema: dict[str, torch.Tensor]):
+    """Inside the block the model has its averaged weights and is in eval mode."""
+    raw = copy_of(model)
+    model.load_state_dict(ema)
+    try:
+        yield model.eval()
+    finally:
+        model.load_state_dict(raw)
+        model.train()
+
+
+def copy_of(model: DiT) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def build(config: dict, shape: dict) -> DiT:
-    """The network of a config as plain types;
-    shape holds grid, z_dim, d_text, which came with the latents and texts."""
+    """The network of a config as plain types; shape has grid, z_dim and d_text, which came with the
+    latents and texts."""
     return DiT(shape["grid"], shape["z_dim"], shape["d_text"], config["width"], config["depth"],
                config["heads"], config["whiten_text"], config["checkpointing"])
 
@@ -557,169 +540,141 @@ def schedule_of(config: dict) -> torch.Tensor:
 
 def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
     """The averaged model of a checkpoint, in eval mode, and the checkpoint."""
-    checkpoint = data.load(path, "dit", before="python dit.py")
-    cfg, shape = data.configure(Config, PRESETS, {}, saved=checkpoint["config"]), checkpoint["shape"]
-    most = {"grid": 256, "z_dim": 65536, "d_text": 65536}
-    if not (isinstance(shape, dict)
-            and all(isinstance(shape.get(name), int) and 0 < shape[name] <= most[name] for name in most)
-            and are_statistics(checkpoint["mean"], checkpoint["variance"], shape["z_dim"])):
-        raise data.UserError(f"{path}: shape, mean or variance does not fit. Restore it, or train it again: "
-                             f"python dit.py --fresh")
-    model = build(data.plain(cfg), shape)
-    data.load_weights(model, checkpoint["ema"], path)
-    checkpoint["config"] = data.plain(cfg)             # whole and checked
-    return model.eval().requires_grad_(False).to(device), checkpoint
+    checkpoint = data.load(path, "dit", before=data.command("dit.py", out=path.parent))
+    cfg = data.configure(Config, PRESETS, {}, saved=checkpoint["config"])
+    checkpoint = checkpoint | {"config": data.plain(cfg)}                   # whole and checked
+    with data.reading(path):
+        make = lambda: build(checkpoint["config"], checkpoint["shape"])
+        return data.rebuild(make, checkpoint["ema"], path).to(device), checkpoint
 
 
-def are_statistics(mean, variance, z_dim: int) -> bool:
-    """Whether these are the finite mean and positive variance of z_dim channels."""
-    return all(isinstance(part, list) and len(part) == z_dim
-               and all(isinstance(v, float) and math.isfinite(v) for v in part) for part in (mean, variance)
-               ) and min(variance) > 0
+def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
+    """Latents and texts, the model, its average and its optimizer, at the checkpoint's step."""
+    path = run.out / "dit.pt"
+    meta = read_meta(run.out, checkpoint)              # under the lock that keeps them as they are
+    rows = data.read_rows(run.out / "latents", meta)
+    run.data = {"digest": meta["digest"], "pictures": meta["pictures"]}
+    texts = embed_captions(cfg, run, ["", *sorted({row["text"] for row in rows} - {""})])
+    latents = data.Latents(run.out / "latents", rows, texts)
+    captions = latents.rows(False, False)
+    edits = latents.rows(False, True) if cfg.edit_fraction else []
+    if not captions and not edits:
+        raise data.UserError(f"{run.out}/latents has no rows to train on.")
+    shape = {"grid": meta["grid"], "z_dim": meta["z_dim"], "d_text": texts.dim}
+    vocabulary = words_of([row["text"] for row in rows if not row.get("held_out")])
+    run.say(f"stage 3, {cfg.preset} preset on {run.device}: "
+            f"{len(captions):,} captions, {len(edits):,} edits")
 
-
-def train(cfg: Config, checkpoint: dict | None, meta: dict):
-    with data.Run(cfg, "dit", terms=("loss", "grad_norm")) as run:
-        rows = read_rows(run.out, meta)
-        texts = encode_texts(cfg, run, ["", *sorted({row["text"] for row in rows} - {""})])
-        latents = Latents(run.out / "latents", meta, rows, texts)
-        captions = latents.rows(False, False)
-        edits = latents.rows(False, True) if cfg.edit_fraction else []
-        if not captions and not edits:
-            raise data.UserError(f"{run.out}/latents has no rows to train on.")
-        shape = {"grid": meta["grid"], "z_dim": meta["z_dim"], "d_text": texts.dim}
-        vocabulary = words_of([row["text"] for row in rows if not row.get("held_out")])
-        run.say(f"stage 3, {cfg.preset} preset on {run.device}: "
-                f"{len(captions):,} captions, {len(edits):,} edits")
-
-        torch.manual_seed(cfg.seed)
-        model = build(data.plain(cfg), shape).to(run.device).train()
-        ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=cfg.weight_decay,
-                                      fused=True)
-        start = 0
-        if checkpoint:
-            start, path = checkpoint["step"], run.out / "dit.pt"
+    torch.manual_seed(cfg.seed)
+    model = build(data.plain(cfg), shape).to(run.device).train()
+    if cfg.whiten_text and not checkpoint:
+        model.text_shift[:], model.text_map[:] = texts.whitening()
+    ema = copy_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99),    # see svae.py
+                                  weight_decay=cfg.weight_decay, fused=True)
+    if checkpoint:
+        with data.reading(path):
             if checkpoint["text_fingerprint"] != texts.fingerprint:
-                raise data.UserError(f"{path} was trained with another text encoder than {cfg.text_encoder} "
-                                     f"is now. Start over with --fresh.")
+                raise data.UserError(f"{path} was trained with another text encoder than "
+                                     f"{cfg.text_encoder} is now. Start over with --fresh.")
             data.load_weights(model, checkpoint["ema"], path)
-            ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            ema = copy_of(model)
             data.load_weights(model, checkpoint["model"], path)
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
-        elif cfg.whiten_text:
-            model.text_shift[:], model.text_map[:] = texts.whitening()
-            ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        alpha_bar = schedule_of(data.plain(cfg)).to(run.device)
-        mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
-        held_out = {"": latents.rows(True, False) or captions, "edit_": latents.rows(True, True) or edits}
-        held_out = {prefix: held_out_batch(run, latents, rows, mean, variance)
-                    for prefix, rows in held_out.items() if rows}
-        for prefix, what in (("", "captions"), ("edit_", "edits")):
-            if prefix in held_out and not latents.rows(True, bool(prefix)):
-                run.say(f"no held-out {what}: the columns held_out_{prefix}q1 to q4 are of training pictures")
-        share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
-        t_one = torch.ones(1, dtype=torch.long, device=run.device)
-        for prefix, several in held_out.items():
-            z_0, c, mask, source = (None if part is None else part[:1] for part in several)
-            run.count_flops(model, lambda: model(z_0, t_one, c, mask, source).sum(),
-                            share if prefix else 1 - share)
-        if cfg.compile and run.device.type == "cuda":
-            model.compile()
-        run.open_log(start, checkpoint and checkpoint["pending"],
-                     held_out=tuple(f"{prefix}q{quarter}" for prefix in held_out for quarter in (1, 2, 3, 4)))
+    if run.compile:
+        model.compile()
 
-        keys = lambda step: run.mine(keys_of_step(step, cfg, captions, edits))
-        stream = data.batches(latents, keys, start, cfg.steps, cfg.workers, run.device.type == "cuda")
-        for step, batch in enumerate(stream, start):
-            # linear warm-up from peak / warmup, then a cosine to a hundredth of the peak
-            rate = data.learning_rate(step, cfg.steps, cfg.warmup, cfg.learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    alpha_bar = schedule_of(data.plain(cfg)).to(run.device)
+    mean, variance = (torch.tensor(meta[name], device=run.device) for name in ("mean", "variance"))
+    held_out = {}
+    for prefix, training in (("", captions), ("edit_", edits)):
+        own = latents.rows(True, bool(prefix))
+        if training or own:
+            held_out[prefix] = held_out_batch(run, latents, own or training, mean, variance)
+        if training and not own:
+            run.say(f"none held out: the columns held_out_{prefix}q1 to q4 are of training ones")
+
+    def look(picture: Path | None) -> dict[str, float]:
+        with averaged(model, ema):
+            if picture:
+                preview(model, *next(iter(held_out.values())), alpha_bar, cfg, picture)
+            return {prefix + name: value for prefix, batch in held_out.items()
+                    for name, value in held_out_losses(model, *batch, alpha_bar, cfg).items()}
+
+    run.start(checkpoint, tuple(f"{prefix}q{i}" for prefix in held_out for i in (1, 2, 3, 4)), look,
+              lambda: dict(model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(),
+                           shape=shape, mean=meta["mean"], variance=meta["variance"],
+                           edits=len(edits), vocabulary=vocabulary,
+                           psvae_fingerprint=meta["fingerprint"],
+                           text_fingerprint=texts.fingerprint))
+    keys = lambda step: run.mine(keys_of_step(step, cfg, captions, edits))
+    return latents, keys, mean, variance, model, ema, optimizer, alpha_bar
+
+
+def train(cfg: Config, checkpoint: dict | None):
+    with data.Run(cfg, "dit", terms=("loss", "grad_norm"), also=("latents",)) as run:
+        (latents, keys, mean, variance, model, ema, optimizer,
+         alpha_bar) = set_up(cfg, checkpoint, run)
+        dit = run.distribute(model, unused=True)       # source_type rests where there is no source
+
+        for step, batch in run.batches(latents, keys):
+            run.set_rate(optimizer, step)
             mu, log_var, c, mask, source = run.to_device(batch)
-            z_0 = normalise(sample_z_0(mu, log_var, run.randn(step, "z_0", *mu.shape[1:])), mean, variance)
+            z_0 = sample_z_0(mu, log_var, run.randn(step, "z_0", *mu.shape[1:]))
+            z_0 = normalise(z_0, mean, variance)                            # (B, h, w, z_dim)
             source = source if source is None else normalise(source, mean, variance)
-            t = run.randint(step, "t", 1, cfg.T + 1)                        # t ~ Uniform(1, T), ends included
+
+            t = run.randint(step, "t", 1, cfg.T + 1)                        # ends included
             eps = run.randn(step, "eps", *mu.shape[1:])
-            # Eq. 22: z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps
-            z_t = add_noise(z_0, t, eps, alpha_bar)                         # (B, h, w, z_dim)
+            z_t = add_noise(z_0, t, eps, alpha_bar)
             target = v_of(z_0, t, eps, alpha_bar) if cfg.predict == "v" else eps
 
-            total = {"loss": 0}
-            parts = [(part.chunk(cfg.micro_batches) if part is not None else [None] * cfg.micro_batches)
-                     for part in (z_t, t, c, mask, source, target)]
-            for z_t_part, t_part, c_part, mask_part, source_part, target_part in zip(*parts):
+            for target_part, *inputs in run.micro_batches(dit, target, z_t, t, c, mask, source):
                 with run.autocast():
-                    prediction = model(z_t_part, t_part, c_part, mask_part, source_part)
-                loss = dit_loss(target_part, prediction) / cfg.micro_batches
-                loss.backward()
-                total["loss"] += loss.detach()
-            run.average([p.grad for p in model.parameters()])
-            total["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+                    prediction = dit(*inputs)                               # eps, or v
+                loss = dit_loss(target_part, prediction)
+                (loss / cfg.micro_batches).backward()
+                run.add({"loss": loss})
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            decay = min(cfg.ema, (1 + step) / (10 + step))                  # early weights are soon forgotten
+
+            # DEVIATION: sampling uses an average of the weights over the last 1 / (1 - ema) steps
+            # (fewer at first), which the guide does not have; pictures are cleaner for it.
+            decay = min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
-
-            # Diagnostics: what is logged, looked at and kept
-            run.record(total)
-            done = step + 1
-            last, stopping = done == cfg.steps, run.stopping(done)
-            if done % cfg.eval_every == 0 or last:
-                with averaged(model, ema):
-                    run.log(done, rate, {
-                        prefix + name: value for prefix, batch in held_out.items()
-                        for name, value in held_out_losses(model, *batch, alpha_bar, cfg).items()})
-                    if run.main:
-                        preview(model, *next(iter(held_out.values())), alpha_bar, cfg, run.out / "dit.png")
-            elif done % cfg.log_every == 0:
-                run.log(done, rate)
-            if done % cfg.save_every == 0 or last or stopping:
-                run.save(done, rate, model=model.state_dict(), ema=ema, optimizer=optimizer.state_dict(),
-                         shape=shape, mean=meta["mean"], variance=meta["variance"], edits=len(edits),
-                         vocabulary=vocabulary,
-                         psvae_fingerprint=meta["fingerprint"], text_fingerprint=texts.fingerprint)
-            if stopping and not last:
-                raise data.Stopped(run.stop)
-        run.say(f"finished: {run.out / 'dit.pt'}. Next: python sample.py --prompt \"{rows[0]['text'][:60]}\"")
+            run.after_step(step, grad_norm)             # log, preview, save, stop
+        run.say(f"Next: {data.command('sample.py', model=run.out, prompt=latents.example[:60])}")
 
 
-def read_meta(out: Path) -> dict:
-    """out/latents/meta.json. Raises UserError where it is missing or of another format."""
-    path = out / "latents/meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        if meta["format"] != data.FORMAT:
-            raise data.UserError(f"{path} has format {meta['format']}; this code reads format {data.FORMAT}.")
-        if not are_statistics(meta["mean"], meta["variance"], meta["z_dim"]):
-            raise ValueError
-        return {key: meta[key]
-                for key in ("fingerprint", "preset", "latents", "grid", "z_dim", "mean", "variance")}
-    except FileNotFoundError:
-        raise data.UserError(f"{path} is not there; first run: "
-                             f"python psvae.py (it writes the latents at its end).")
-    except (ValueError, KeyError, TypeError):
-        raise data.UserError(f"{path} is damaged; write the latents again: python psvae.py --encode-only")
-
-
-def read_rows(out: Path, meta: dict) -> list[dict]:
-    """out/latents/rows.jsonl. Raises UserError where it is damaged or does not fit mu.npy and log_var.npy."""
-    folder = out / "latents"
-    try:
-        with open(folder / "rows.jsonl", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        shapes = {np.load(folder / f"{name}.npy", mmap_mode="r").shape
-                  for name in (("mu", "log_var") if meta["latents"] == "both" else ("mu",))}
-        (shape,) = shapes
-        if shape[1:] != (meta["grid"], meta["grid"], meta["z_dim"]) or not all(
-                isinstance(row["text"], str) and 0 <= row["image"] < shape[0]
-                and 0 <= row.get("source", 0) < shape[0]
-                for row in rows):
-            raise ValueError(f"rows and latents of shape {shape} do not fit")
-        return rows
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise data.UserError(f"{folder} is damaged ({error}); write the latents again: "
-                             f"python psvae.py --encode-only")
+def read_meta(out: Path, checkpoint: dict | None) -> dict:
+    """meta.json of out/latents/, if they are those that the checkpoint was trained on."""
+    meta = data.read_meta(out / "latents")
+    again = f"{data.command('psvae.py', out=out)} --encode-only"
+    if (out / "psvae.pt").exists():
+        psvae = data.load(out / "psvae.pt", "psvae")
+        if psvae.get("fingerprint") != meta["fingerprint"]:
+            raise data.UserError(f"{out}/latents were made by another psvae.pt than the one beside "
+                                 f"them. Write them again: {again}")
+    if checkpoint:
+        with data.reading(out / "dit.pt"):
+            trained_on = checkpoint["psvae_fingerprint"]
+            then = checkpoint.get("data", meta)
+            close = all(np.allclose(checkpoint[name], meta[name], rtol=1e-3, atol=1e-4)
+                        for name in ("mean", "variance"))
+        if trained_on != meta["fingerprint"]:
+            raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than "
+                                 f"{out}/latents. Start over with --fresh.")
+        if then["digest"] != meta["digest"]:
+            raise data.UserError(f"{out}/dit.pt was trained on latents of other pictures or "
+                                 f"captions: {meta['pictures']:,} pictures, {then['pictures']:,} "
+                                 f"then. Start over with --fresh, or bring them back: {again}")
+        if not close:
+            raise data.UserError(f"{out}/latents have other channel statistics than those that "
+                                 f"dit.pt was trained with. Write them with the --latents of then, "
+                                 f"both or mu (now {meta['latents']}): {again}")
+        meta |= {name: checkpoint[name] for name in ("mean", "variance")}
+    return meta
 
 
 @data.program
@@ -728,24 +683,15 @@ def main(argv: list[str] | None = None):
     out = Path(typed.get("out", "out"))
     if typed.get("size") in SIZES:
         typed = dict(zip(("width", "depth", "heads"), SIZES[typed["size"]])) | typed
-    checkpoint = (data.load(out / "dit.pt", "dit")
-                  if (out / "dit.pt").exists() and not typed.get("fresh") else None)
-    meta = read_meta(out)
-    if ((out / "psvae.pt").exists()
-            and data.load(out / "psvae.pt", "psvae")["fingerprint"] != meta["fingerprint"]):
-        raise data.UserError(f"{out}/latents were made by another psvae.pt than the one beside them. Write "
-                             f"them again: python psvae.py --encode-only")
-    if checkpoint and checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
-        raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than {out}/latents "
-                             f"({str(checkpoint['psvae_fingerprint'])[:12]} and {meta['fingerprint'][:12]}). "
-                             f"Start over with --fresh.")
+    resumes = (out / "dit.pt").exists() and not typed.get("fresh")
+    checkpoint = data.load(out / "dit.pt", "dit") if resumes else None
+    meta = read_meta(out, checkpoint)
     inherited = data.inherit(None if checkpoint else meta, ("preset",), typed, out / "latents")
     cfg = data.configure(Config, PRESETS, typed, inherited, checkpoint and checkpoint["config"])
     if cfg.fresh:
         data.set_aside(out, "dit.pt", "dit.csv", "dit.png")
-    if checkpoint and data.is_finished(checkpoint, cfg, out / "dit.pt"):
-        return
-    train(cfg, checkpoint, meta)
+    if not (checkpoint and data.is_finished(checkpoint, cfg, out / "dit.pt")):
+        train(cfg, checkpoint)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def stage(args, name: str, program, argv: list[str], device):
     quiet = [word for flag in ("log", "eval", "save") for word in (f"--{flag}-every", "1000000000")]
     argv = [*argv, "--fresh", "--out", str(args.out), "--workers", str(args.workers), "--device", args.device, *quiet]
     for flag, value in (("--batch", args.batch), ("--micro-batches", args.micro_batches)):
-        argv += [flag, str(value)] if value else []
+        argv += [flag, str(value)] if value and (flag, name) != ("--micro-batches", "svae") else []
     counter, marks, total = FlopCounterMode(display=False), [], args.warm + args.runs * args.window
 
     def count(step):                                    # what lies between the first step and the second

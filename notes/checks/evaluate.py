@@ -135,6 +135,9 @@ def measure(cfg: Config, model, frozen, stage_1, pictures, count: int) -> dict:
 def main(argv: list[str] | None = None):
     cfg = Config(**data.read_flags(Config, argv, __doc__))
     out, device = Path(cfg.out), data.pick_device(cfg.device)
+    if cfg.out == "out" and not (out / "psvae.pt").exists():
+        out = data.HERE / "notes/tiny"
+        print("no out/psvae.pt: the shipped model")
     model, saved = psvae.load_psvae(out / "psvae.pt", device)
     config = saved["config"]
     frozen, stage_1 = data.load_image_encoder(config["encoder"]).to(device).requires_grad_(False), None

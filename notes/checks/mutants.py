@@ -59,22 +59,22 @@ EXPLAINED = {
 # of a kind in each place where it can be.
 FAULTS = {
     "target from the encoder in training":
-        ("psvae.py", r"f_target = .*x_part\)", "f_target = model.encoder(x_part).detach()", "stage_2_trains"),
+        ("psvae.py", r"(?m)^( {20}f_target = ).*x_part\)", r"\1model.encoder(x_part).detach()",
+         "stage_2_trains"),
     "held-out target from the encoder in training":
-        ("psvae.py", r"(psvae_loss\(x_hat, x_part, f_hat, )\w+\((frozen_encoder, )?x_part\)",
-         r"\1model.encoder(x_part)", "eq_13_the_held_out"),
+        ("psvae.py", r"(?m)^( {8}f_target = ).*x_part\)", r"\1model.encoder(x_part)", "eq_13_the_held_out"),
     "the frozen encoder is trained too":
-        ("svae.py", r"AdamW\(model.parameters\(\)", "AdamW([*model.parameters(), *encoder.requires_grad_()."
-         "parameters()]", "stage_1_trains"),
+        ("svae.py", r"@torch.no_grad\(\)\n(def frozen_features(?:.*\n)*?.*requires_grad_\()False((?:.*\n)*?.*AdamW\()"
+         r"model.parameters\(\)", r"\1True\2[*model.parameters(), *encoder.parameters()]", "stage_1_trains"),
     "t from 0 to T - 1": ("dit.py", r'"t", 1, cfg.T \+ 1', '"t", 0, cfg.T', "stage_3_gets"),
-    "held-out t from 0": ("dit.py", r"low, high = 1 \+", "low, high = 0 +", "t_is_1_to_T"),
+    "held-out t from 0": ("dit.py", r"low = 1 \+", "low = 0 +", "t_is_1_to_T"),
     "gradients not averaged":
-        ("data.py", r"(def average\(.*\n.*\n)        if self.world > 1", r"\1        if False",
+        ("data.py", r"(def distribute\((?:.*\n)+?        if )self.world == 1", r"\1True",
          "two_processes_take"),
     "encoder_lr_scale not in the optimizer":
         ("psvae.py", r'"scale": cfg.encoder_lr_scale', '"scale": 1.0', "stage_2_trains"),
     "encoder_lr_scale not in the rate":
-        ("psvae.py", r'rate \* group\["scale"\]', "rate", "stage_2_trains"),
+        ("data.py", r'self.rate \* group.get\("scale", 1.0\)', "self.rate", "stage_2_trains"),
     "the world flipped and cropped in stage 1":
         ("svae.py", r"augment=bool\(cfg.data\)", "augment=True", "stage_1_trains or the_built_in_world_never"),
     "the world flipped and cropped in stage 2":
@@ -82,12 +82,12 @@ FAULTS = {
     "text never chosen to be dropped":
         ("dit.py", r"drop_both or bool\(drop\)", "False", "stage_3_gets"),
     "text chosen to be dropped, and kept":
-        ("dit.py", r"self.texts.null if drop_text else ", "", "stage_3_gets"),
+        ("data.py", r"self.texts.null if drop_text else ", "", "stage_3_gets"),
     "source not normalised in training":
-        ("dit.py", r"source if source is None else normalise\(source, mean, variance\)(?!\))", "source",
+        ("dit.py", r"(?m)^( {12}source = )source if source is None.*", r"\1source",
          "stage_3_gets"),
     "held-out source not normalised":
-        ("dit.py", r"source if source is None else normalise\(source, mean, variance\)(?=\))", "source",
+        ("dit.py", r"(?m)^( {4}source = )source if source is None.*", r"\1source",
          "t_is_1_to_T"),
     "source not normalised in sampling":
         ("sample.py", r"normalise\((self.psvae.encode\(x\)\[0\]), self.mean, self.variance\)", r"\1",

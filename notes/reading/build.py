@@ -35,7 +35,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 PAGE, EQUATIONS = HERE / "index.html", ROOT / "notes/equations.md"
 UNMARKED = {"1", "3"}                       # claims: what measures them is shown, no line computes them
-MARKED_AS = {"23": "34"}                    # the reverse process is the sampler's step with eta = 1
+MARKED_AS = {}
 LONG = 60                                   # a longer function shows only the block around its equation
 MARKS = "<!-- pictures: begin -->\n", "<!-- pictures: end -->\n"
 

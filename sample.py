@@ -197,7 +197,7 @@ class Pipeline:
             raise data.UserError(f"{path} was trained on latents of another psvae.pt. Train it on "
                                  f"this one's: {encode}, then {again}")
         name = self.config["text_encoder"]
-        if name != data.TINY_TEXT_ENCODER:             # what a file names is said before it is loaded
+        if name != data.TINY_TEXT_ENCODER:             # what a file names is said before loading
             data.say(f"{path} names the text encoder {name}")
         self.text_encoder = data.load_text_encoder(name, self.config["max_tokens"], self.device)
         if self.text_encoder.fingerprint() != text_fingerprint:

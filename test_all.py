@@ -144,6 +144,11 @@ PSVAE = ["--widths", "8,8,8,8", "--latents", "both", *COMMON]
 DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *COMMON]
 
 
+def stage_flags(stage, encoders):
+    return {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
+            "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
+
+
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory):
     """Untrained encoders of the true architectures, saved as transformers saves them:
@@ -277,18 +282,6 @@ def test_eq_2_equal_captions_are_no_negatives():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_eq_4_the_frozen_encoder_takes_no_gradient(encoders):
-    encoder = data.load_image_encoder(encoders[0]).requires_grad_(False)
-    x = torch.rand(2, 3, 32, 32, requires_grad=True)
-    f = encoder(x.detach())
-    assert f.shape == (2, 2, 2, 48) and not f.requires_grad
-    model = svae.SVAE(48, 8)
-    f_hat, mu, log_var = model(f, torch.randn(2, 2, 2, 8))
-    svae.svae_loss(f_hat, f, mu, log_var, 1e-4)["loss"].backward()
-    assert all(p.grad is None for p in encoder.parameters())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-
 def projector_by_hand(f, w):
     h = gelu(layer_norm_affine(linear(f, w, "body.0"), w, "body.1"))
     h = gelu(layer_norm_affine(linear(h, w, "body.3"), w, "body.4"))
@@ -344,10 +337,6 @@ def test_eq_8_s_vae_loss_is_semantic_plus_beta_kl(beta):
     same(losses["semantic"], ((f_hat.numpy() - f.numpy()) ** 2).mean())
     same(losses["kl"], kl.sum(-1).mean())
     same(losses["loss"], ((f_hat.numpy() - f.numpy()) ** 2).mean() + beta * kl.sum(-1).mean())
-
-
-def test_eq_8_beta_is_the_guides_in_both_stages():
-    assert svae.Config().beta == psvae.Config().beta == 1e-4
 
 
 def test_eq_9_semantic_loss_is_the_mean_over_h_w_d():
@@ -523,6 +512,7 @@ def test_eq_15_ps_vae_loss_is_the_weighted_sum_of_four():
 def test_eq_15_default_weights_are_the_guides():
     cfg = psvae.Config()
     assert (cfg.alpha, cfg.gamma, cfg.lpips_weight, cfg.beta) == (1.0, 1.0, 0.1, 1e-4)
+    assert svae.Config().beta == 1e-4
 
 
 def test_eq_16_semantic_loss_against_the_frozen_target():
@@ -730,16 +720,6 @@ def test_eq_26_text_is_encoded_by_a_frozen_encoder_and_padding_is_never_read(enc
     assert not torch.allclose(model(z, t, c, mask), model(z, t, c + 1, mask), atol=1e-4)
 
 
-def test_eq_26_what_is_stored_is_the_embedding_of_each_caption_alone(trained, encoders):
-    rows = [json.loads(line) for line in open(trained / "latents/rows.jsonl", encoding="utf-8")]
-    captions = ["", *sorted({row["text"] for row in rows} - {""})]
-    texts, encoder = data.Texts(trained / "text", captions), data.load_text_encoder(encoders[1], 24)
-    for caption in captions[:40]:
-        c, mask = encoder([caption])
-        same(texts[texts.index[caption]], c[0][mask[0]], 2e-3)                      # float16
-    assert sum(ends[-1] for ends in texts.ends) == sum(len(texts[i]) for i in range(len(captions)))
-
-
 def test_eq_27_adaln_scales_and_shifts_a_layer_norm_without_weights():
     h, gamma, beta = randn(2, 3, 6), randn(2, 1, 6, seed=1), randn(2, 1, 6, seed=2)
     same(dit.adaln(h, gamma, beta), gamma.numpy() * layer_norm(h.numpy()) + beta.numpy())
@@ -850,26 +830,6 @@ def test_eq_32_with_v_is_the_error_of_eps_weighted_by_1_over_alpha_bar():
     same(dit.dit_loss(v, v_hat), error.mean())
 
 
-def test_latents_are_normalised_to_mean_0_variance_1_and_back():
-    rng = np.random.default_rng(0)
-    mu = (rng.normal(size=(500, 2, 2, 3)) * [1, 5, 0.2] + [3, 0, -1]).astype(np.float16)
-    log_var = rng.normal(size=(500, 2, 2, 3)).astype(np.float16)
-    rows = np.arange(0, 500, 2)
-    both = np.stack([mu, log_var], 1)[rows]                                  # as in a shard
-    mean, variance = psvae.channel_statistics([both[:100], both[100:]])
-    flat, flat_var = (a[rows].astype(np.float64).reshape(-1, 3) for a in (mu, log_var))
-    same(mean, flat.mean(0))
-    same(variance, flat.var(0) + np.exp(flat_var).mean(0), 1e-9)            # Var(z) = Var(mu) + E[sigma^2]
-    same(psvae.channel_statistics([both[:, :1]])[1], flat.var(0), 1e-9)
-    z = torch.from_numpy(flat)
-    back = (dit.normalise(z, torch.from_numpy(mean), torch.from_numpy(variance))
-            * torch.from_numpy(variance).sqrt() + torch.from_numpy(mean))
-    same(back, z)
-    sampled = dit.sample_z_0(z, torch.from_numpy(flat_var), randn(*z.shape))
-    normal = dit.normalise(sampled, torch.from_numpy(mean), torch.from_numpy(variance))
-    assert normal.mean(0).abs().max() < 0.1 and (normal.var(0) - 1).abs().max() < 0.15
-
-
 def test_edit_batches_are_evenly_spread_and_rows_are_each_seen_once_an_epoch():
     cfg = dit.Config(batch=4, edit_fraction=0.3, drop_text=0.1, drop_both=0.05)
     captions, edits = list(range(100, 140)), list(range(200, 212))
@@ -883,18 +843,6 @@ def test_edit_batches_are_evenly_spread_and_rows_are_each_seen_once_an_epoch():
     assert sorted(seen["caption"][:40]) == captions and sorted(seen["edit"][:12]) == edits
     assert all(row >= 200 for row, _, _ in dit.keys_of_step(5, cfg, [], edits))
     assert all(row < 200 for row, _, _ in dit.keys_of_step(5, cfg, captions, []))
-
-
-def test_text_is_dropped_at_its_rate_and_the_source_never_alone():
-    cfg = dit.Config(batch=50, edit_fraction=0.5, drop_text=0.1, drop_both=0.05)
-    keys = [key for step in range(400)
-            for key in dit.keys_of_step(step, cfg, list(range(60)), list(range(100, 160)))]
-    captions, edits = [k for k in keys if k[0] < 100], [k for k in keys if k[0] >= 100]
-    assert not any(drop_source for _, _, drop_source in captions)
-    assert all(drop_text for _, drop_text, drop_source in edits if drop_source)
-    assert abs(np.mean([k[1] for k in captions]) - 0.1) < 0.015
-    assert 0.01 < np.mean([k[2] for k in edits]) < 0.1
-    assert abs(np.mean([k[1] for k in edits if not k[2]]) - 0.1) < 0.015
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -946,32 +894,6 @@ def test_a_run_whitens_by_its_own_captions_and_keeps_the_map(copy, encoders):
         assert not torch.equal(weights["text_map"], torch.eye(len(weights["text_map"])))
 
 
-def test_colours_are_permuted_in_their_share_of_the_pictures_and_nothing_else_changes():
-    x = torch.rand(2000, 3, 2, 2)
-    g = torch.Generator().manual_seed(0)
-    who, how = torch.rand(2000, generator=g), torch.rand(2000, 3, generator=g)
-    out = psvae.permute_colours(x, who, how, 0.5)
-    same(out.sort(1).values, x.sort(1).values, 1e-9)                        # the same three channels
-    kept = (out == x).all((1, 2, 3))
-    assert kept[who >= 0.5].all() and abs((~kept).float().mean() - 0.5 * 5 / 6) < 0.04
-    orders = {tuple(order) for order in how[who < 0.5].argsort(1).tolist()}
-    assert len(orders) == 6                                                 # all six of them
-    assert torch.equal(psvae.permute_colours(x, who, how, 0.0), x)
-
-
-def test_beta_grows_over_its_share_of_the_steps(copy, monkeypatch):
-    seen, loss = [], psvae.psvae_loss
-    monkeypatch.setattr(psvae, "psvae_loss",
-                        lambda *args: seen.append(args[8] if len(args) > 8 else 1.0) or loss(*args))
-    argv = [*PSVAE, "--beta-warmup", "0.5", "--steps", "8", "--eval-every", "100"]
-    assert psvae.main([*argv, "--out", str(copy("svae.pt"))]) == 0
-    assert seen[:8] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
-    terms = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.rand(2, 1, 1, 5), torch.rand(2, 1, 1, 5),
-             torch.rand(2, 1, 1, 6), torch.rand(2, 1, 1, 6), psvae.Config(beta=0.5, lpips_weight=0.0)]
-    whole, half = loss(*terms), loss(*terms, None, 0.5)
-    same(whole["loss"] - half["loss"], 0.25 * whole["kl"], 1e-6)
-
-
 def test_words_of_counts_without_capitals_and_stops_at_most():
     assert dit.words_of(["A red, red star.", "a Star"], most=3) == ["a", "red", "star"]
 
@@ -1006,16 +928,6 @@ def test_eq_33_guidance():
 def passes(model, z, t, c, mask, null, source=None):
     both, masks = torch.cat([c, null]), torch.cat([mask, mask])
     return [m[:1] for m in model.modulations(t)], model.keys_values(both), masks
-
-
-@pytest.mark.parametrize("s", [0.0, 1.0, 7.5])
-def test_eq_33_both_halves_in_one_batch_equal_two_passes(s):
-    model, (z, _, c, mask) = micro_dit(), micro_batch()
-    t, null = torch.tensor([500, 500]), randn(2, 4, 5, seed=7).float()
-    modulations, keys_values, masks = passes(model, z, t, c, mask, null)
-    eps = sample.guided_noise(model, z, modulations, keys_values, masks, None, s, 1.0)
-    eps_c, eps_null = model(z, t, c, mask), model(z, t, null, mask)
-    same(eps, eps_null + s * (eps_c - eps_null), 1e-4)
 
 
 @pytest.mark.parametrize("s, s_image", [(4.0, 1.5), (4.0, 1.0), (1.5, 1.5), (1.0, 1.0)])
@@ -2040,12 +1952,10 @@ NEEDS = {"svae": [], "psvae": ["svae.pt"], "dit": ["latents"]}
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_a_run_stopped_twice_is_bit_equal_to_one_that_was_not(stage, copy, trained, encoders, monkeypatch):
     out, main = copy(*NEEDS[stage]), globals()[stage].main
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
-             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
     for count, step in ((3, 3), (2, 5)):                                # inside epoch 2, then inside epoch 3
         with monkeypatch.context() as patch:
             stop_at(patch, stage, count)
-            assert main([*flags, "--out", str(out)]) == 143
+            assert main([*stage_flags(stage, encoders), "--out", str(out)]) == 143
         assert state(out / f"{stage}.pt")["step"] == step
     assert main(["--out", str(out)]) == 0                               # no flag has to be typed again
     one, two = state(out / f"{stage}.pt"), state(trained / f"{stage}.pt")
@@ -2204,9 +2114,7 @@ def test_stage_2_says_that_it_started_from_another_stage_1(copy, capsys):
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, encoders):
     out = copy("svae.pt", f"{stage}.pt", f"{stage}.csv", f"{stage}.png", "latents")
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
-             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
-    assert globals()[stage].main([*flags, "--out", str(out), "--fresh", "--seed", "5"]) == 0
+    assert globals()[stage].main([*stage_flags(stage, encoders), "--out", str(out), "--fresh", "--seed", "5"]) == 0
     for name in (f"{stage}.pt", f"{stage}.csv", f"{stage}.png"):
         assert (out / "old-1" / name).read_bytes() == (trained / name).read_bytes()
     old, new = state(out / "old-1" / f"{stage}.pt"), state(out / f"{stage}.pt")
@@ -2226,18 +2134,6 @@ def test_fresh_killed_half_way_still_has_the_old_run(copy, monkeypatch):
     assert (out / "svae.pt").exists() and sorted(os.listdir(out / "old-1")) == ["svae.csv", "svae.png"]
 
 
-@pytest.mark.parametrize("stage", ["psvae", "dit"])
-def test_micro_batches_give_the_losses_of_one_batch(stage, copy, trained, encoders):
-    out = copy(*NEEDS[stage])
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
-             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
-    assert globals()[stage].main([*flags, "--out", str(out), "--micro-batches", "3"]) == 0
-    one, two = losses(trained / f"{stage}.csv"), losses(out / f"{stage}.csv")
-    # The sums run in another order:
-    # 1e-7 or so at first, which Adam's division by small gradients makes larger
-    assert one[0] == pytest.approx(two[0], rel=1e-5) and one[-1] == pytest.approx(two[-1], rel=2e-3)
-
-
 TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),
          ("psvae", "semantic", "semantic_loss"), ("psvae", "pixel", "pixel_loss"),
          ("psvae", "perceptual", "perceptual_loss"), ("psvae", "kl", "kl_divergence"),
@@ -2249,16 +2145,14 @@ TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),
 def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
         stage, term, function, value, copy, encoders, refused, monkeypatch):
     out, module = copy(*NEEDS[stage]), globals()[stage]
-    flags = {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": [*PSVAE, "--lpips-weight", "0"],
-             "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
     original, calls = getattr(module, function), []
 
     def planted(*args):
         calls.append(1)
         return original(*args) + (value if len(calls) == 5 else 0)      # in the fifth step
     monkeypatch.setattr(module, function, planted)
-    line = refused(module.main, *flags, "--out", out, "--eval-every", 1000, "--save-every", 1, "--log-every",
-                   3)
+    line = refused(module.main, *stage_flags(stage, encoders), "--out", out, "--eval-every", 1000,
+                   "--save-every", 1, "--log-every", 3)
     assert re.search(rf"\b{term}\b.* at step 5, learning rate 0\.0", line) and f"{stage}.pt" in line
     checkpoint = state(out / f"{stage}.pt")
     assert checkpoint["step"] == 4 and all(w.isfinite().all() for w in checkpoint["model"].values())
@@ -2543,22 +2437,6 @@ def test_latents_may_be_written_without_variances_and_trained_on(copy, encoders)
     assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
 
 
-def test_latents_are_the_posteriors_of_the_centre_crops_in_the_order_of_the_rows(trained):
-    model, _ = psvae.load_psvae(trained / "psvae.pt")
-    train, held_out = data.read_folder("", out=str(trained))
-    rows = [json.loads(line) for line in open(trained / "latents/rows.jsonl", encoding="utf-8")]
-    maps = np.moveaxis(np.load(trained / "latents/00000.npy"), 1, 0)
-    assert len(rows) == len(train.rows) + len(held_out.rows) and maps.shape == (2, 125, 2, 2, 8)
-    for number, part in ((40, train), (-1, held_out)):
-        image, text, source = part.rows[number]
-        x = data.to_float(torch.from_numpy(data.Pictures(part, 32).read(image)).permute(2, 0, 1)[None], "cpu")
-        row = rows[number]
-        assert row["text"] == text and ("source" in row) == (source >= 0)
-        assert row.get("held_out", False) == (part is held_out)
-        for stored, fresh in zip(maps, model.encode(x)):
-            assert np.allclose(stored[row["image"]], fresh[0].numpy(), atol=2e-3)
-
-
 def test_reconstruct_prints_its_numbers_and_takes_the_shipped_model_where_there_is_none(
         copy, capsys, tmp_path, monkeypatch, refused):
     out = copy("psvae.pt")
@@ -2774,11 +2652,11 @@ WIRED = {stage: f"--batch 16 --warmup 3 --workers 0 --device cpu {flags}".split(
              "svae": "--preset tiny --image-size 32 --z-dim 8 --count 120 --beta 0.01",
              "psvae": "--widths 8,8,8,8 --latents both --encoder-lr-scale 0.3 --alpha 0.7 "
                       "--gamma 1.5 --beta 0.01 "
-                      "--beta-warmup 1 --permute-colours 0.5 --permute-steps 3",
+                      "--beta-warmup 0.75 --permute-colours 0.5 --permute-steps 3",
              "dit": "--width 32 --depth 2 --heads 2 --max-tokens 24 -T 10 --beta-start 0.01 "
                     "--beta-end 0.6 --edit-fraction 0.5 --drop-text 0.5 --drop-both 0.5 "
                     "--ema 0.5"}.items()}
-STEPS = {"svae": (2, 4), "psvae": (2, 4), "dit": (6, 10)}
+STEPS = {"svae": (2, 4), "psvae": (2, 5), "dit": (6, 10)}
 
 
 @pytest.fixture(scope="module")
@@ -2886,10 +2764,10 @@ def test_eq_12_eq_13_eq_16_stage_2_trains_the_encoder_at_its_own_rate_against_th
         x_hat, f_hat, mu, log_var = model(x, noise("psvae", step, "eps"))
         return (0.7 * (f_hat - f_target).square().mean()
                 + 1.5 * ((x_hat - x).abs() + (x_hat - x).square()).mean() / 2
-                + 0.01 * (step + 1) / 4 * kl_by_hand(mu, log_var))
+                + 0.01 * min(1, (step + 1) / 3.75) * kl_by_hand(mu, log_var))
     weights = {name: w for name, w in model.named_parameters() if "mask_token" not in name}
     names = sorted(weights, key=lambda name: name.startswith("encoder."))   # as in the optimizer
-    assert [*steps_by_hand(model, before, names, 4, loss)] == [2, 3]
+    assert [*steps_by_hand(model, before, names, 5, loss)] == [2, 3, 4]
     moved_alike(weights, after["model"], before["model"], 1e-3)
 
 
@@ -4002,11 +3880,6 @@ def test_parquet_is_refused_with_the_way_out(tmp_path, refused):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def stage_flags(stage, encoders):
-    return {"svae": [*SVAE, "--encoder", encoders[0]], "psvae": PSVAE,
-            "dit": [*DIT, "--text-encoder", encoders[1]]}[stage]
-
-
 @pytest.mark.parametrize("stage", ["psvae", "dit"])
 def test_losses_and_gradients_of_micro_batches_equal_those_of_one_batch_to_1e_6(stage, copy, encoders,
                                                                                  monkeypatch):
@@ -4036,29 +3909,18 @@ def test_losses_and_gradients_of_micro_batches_equal_those_of_one_batch_to_1e_6(
 
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_nothing_in_a_step_waits_for_the_device(stage, copy, encoders, monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_is_all_true")
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            seen.append(str(op))
-            return op(*args, **kwargs or {})
-    seen, watch, calls = [], Watch(), []
-    record, batches = data.Run.record, data.batches
-
-    def recorded(run, losses):                                          # from the end of step 2 to that of 4
-        record(run, losses)
-        calls.append(1)
-        if len(calls) in (2, 4):
-            watch.__enter__() if len(calls) == 2 else watch.__exit__(None, None, None)
-    monkeypatch.setattr(data.Run, "record", recorded)
-    monkeypatch.setattr(data, "batches", lambda *args: list(batches(*args)))    # the loader works on the host
+    """From the end of step 2 to that of 4 nobody asks for a value, as a card would have to be waited for."""
+    steps, asked, record, batches = [], [], data.Run.record, data.batches
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, name=name, original=original, **kw:
+                            2 <= len(steps) < 4 and asked.append(name) or original(*args, **kw))
+    monkeypatch.setattr(data.Run, "record", lambda *args: record(*args) or steps.append(1))
+    monkeypatch.setattr(data, "batches", lambda *args: list(batches(*args)))    # the loader is on the host
     monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
-    argv = [*stage_flags(stage, encoders), "--log-every", "99", "--eval-every", "99", "--save-every", "99"]
-    assert globals()[stage].main([*argv, "--out", str(copy(*NEEDS[stage]))]) == 0
-    groups = 2 if stage == "psvae" else 1
-    assert sum("_fused_adamw" in op for op in seen) == 2 * groups and len(seen) > 500
-    assert not [op for op in seen if any(wait in op for wait in waits)]
+    argv = [*stage_flags(stage, encoders), "--log-every", "99", "--eval-every", "99"]
+    assert globals()[stage].main([*argv, "--save-every", "99", "--out", str(copy(*NEEDS[stage]))]) == 0
+    assert len(steps) == 7 and not asked
 
 
 def test_the_text_encoder_is_gone_before_there_is_a_dit(copy, encoders, monkeypatch):

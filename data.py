@@ -835,7 +835,7 @@ def atomic(path: Path):
     partial = path.with_name(f".{path.name}.partial")
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no regular file, and is left alone. Choose another --out.")
+            raise UserError(f"{path} is there, and is no file. Choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with open(partial, "ab") as file:              # flushed before the move; Windows wants "a"

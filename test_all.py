@@ -1677,7 +1677,7 @@ def test_a_text_is_cut_at_the_limit_and_keeps_its_end_token(encoders):
     encoder = data.load_text_encoder(encoders[1], max_tokens=12)
     ids = encoder.tokenize(["word " * 50])["input_ids"]
     assert ids.shape == (1, 12) and ids[0, -1] == encoder.tokenizer.eos_token_id
-    assert encoder.is_cut("word " * 50) and not encoder.is_cut("a red")
+    assert encoder.lengths(["word " * 50])[0] > 12 > encoder.lengths(["a red"])[0]
     assert not any(p.requires_grad for p in encoder.network.parameters()) and not encoder.network.training
 
 
@@ -2266,7 +2266,7 @@ def test_a_new_dit_is_not_trained_on_latents_of_an_older_psvae(copy, refused, en
         stop_at(patch, "psvae", 1)                                      # stopped before it encodes again
         assert psvae.main(["--out", str(out), "--steps", "8"]) == 143
     line = refused(dit.main, *DIT, "--text-encoder", encoders[1], "--out", out)
-    assert "another psvae.pt" in line and "psvae.py --encode-only" in line
+    assert re.search("another psvae.pt.*python psvae.py --out .* --encode-only", line)
 
 
 def test_a_folder_that_was_moved_is_the_one_that_is_gone_on_with(trained, tmp_path, monkeypatch):
@@ -3647,21 +3647,6 @@ def test_what_windows_lacks_is_not_needed(tmp_path, monkeypatch):
     data.save_array(work / "00000.npy", np.zeros(3))
     data.finish(work, tmp_path / "final", {})
     assert sorted(os.listdir(tmp_path / "final")) == ["00000.npy", "mark.json", "meta.json"]
-
-
-@pytest.mark.parametrize("what", ["link", "pipe", "folder"])
-def test_writing_follows_a_link_and_leaves_alone_what_is_no_file(what, tmp_path):
-    path = tmp_path / "a.png"
-    if what == "link":
-        (tmp_path / "b.png").write_text("old"), path.symlink_to("b.png")
-        with data.atomic(path) as partial:
-            partial.write_text("new")
-        assert path.is_symlink() and (tmp_path / "b.png").read_text() == "new"
-        return
-    os.mkfifo(path) if what == "pipe" else path.mkdir()
-    with pytest.raises(data.UserError, match="no regular file"), data.atomic(path):
-        raise AssertionError("it would be written")
-    assert path.exists() and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_bf16_is_taken_only_where_the_card_has_it(tmp_path, monkeypatch, capsys):

@@ -66,6 +66,9 @@ FAULTS = {
     "the frozen encoder is trained too":
         ("svae.py", r"@torch.no_grad\(\)\n(def frozen_features(?:.*\n)*?.*requires_grad_\()False((?:.*\n)*?.*AdamW\()"
          r"model.parameters\(\)", r"\1True\2[*model.parameters(), *encoder.parameters()]", "stage_1_trains"),
+    "a step waits for the device":
+        ("svae.py", r"( +)optimizer.step\(\)", r"\1optimizer.step()\n\1losses['loss'].item()",
+         "waits_for_the_device"),
     "t from 0 to T - 1": ("dit.py", r'"t", 1, cfg.T \+ 1', '"t", 0, cfg.T', "stage_3_gets"),
     "held-out t from 0": ("dit.py", r"low = 1 \+", "low = 0 +", "t_is_1_to_T"),
     "gradients not averaged":

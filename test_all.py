@@ -2947,6 +2947,7 @@ def test_a_second_run_is_refused_naming_the_first_and_a_killed_run_goes_on_bit_e
             if (killed / "psvae.pt").exists() or process.poll() is not None:
                 break
             time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)             # it must not finish before it is killed
         line = refused(psvae.main, *flags, "--out", killed)
         assert "in use by another run (psvae)" in line
         before = set(os.listdir(killed))

@@ -529,8 +529,9 @@ class Lab:
         if study.places == "noise":
             nn.init.normal_(model.position, std=0.02)
         if study.whiten:
-            tokens = SimpleNamespace(embeddings=pictures.c[pictures.mask].cpu().numpy())
-            model.text_shift[:], model.text_map[:] = dit.Texts.whitening(tokens)
+            tokens = pictures.c[pictures.mask].cpu().numpy()
+            texts = SimpleNamespace(blocks=[tokens], ends=[[len(tokens)]])
+            model.text_shift[:], model.text_map[:] = data.Texts.whitening(texts)
         model.to(self.device)
         objective = OBJECTIVES[study.predict]
         choice = {"both": (0, 4), "complete": (0, 2), "loose": (2, 4)}[study.captions]

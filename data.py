@@ -145,8 +145,8 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
     elif not sides[1:] and held_out.own < 8:           # they may all be broken: some to stand in
         held_out.images += train.images[:8]
     if whole.skipped:
-        say(f"{top}: {len(whole.skipped)} rows are left out (`python data.py --data …` lists them "
-            f"all): {'; '.join(whole.skipped[:3])}")
+        say(f"{top}: {len(whole.skipped)} rows are left out (`python data.py --data …` lists "
+            f"them all): {'; '.join(whole.skipped[:3])}")
     train.skipped = whole.skipped
     if max_broken is not None:
         accept(name, train, held_out, max_broken)
@@ -1761,7 +1761,7 @@ def save_array(path: Path, array: np.ndarray):
 class Latents(torch.utils.data.Dataset):
     """out/latents/ and out/text/ as rows; a key is (row, drop_text, drop_source).
 
-    A shard is (pictures, 2, h, w, z_dim) float16: mu and log_var; (…, 1, …) with --latents mu. A
+    A shard is (n, 2, h, w, z_dim) float16: mu and log_var; (…, 1, …) with --latents mu. A
     batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu
     of the sources or None; L is padded to a multiple of 16. Rows of a batch agree in drop_source.
     """
@@ -1944,7 +1944,7 @@ def main(argv: list[str] | None = None):
             break
     if sizes:
         speed = len(sizes) / (time.monotonic() - begin)
-        print(f"  sizes: {min(sizes)} to {max(sizes)}; {speed:.0f} pictures a second and process at "
+        print(f"  sizes: {min(sizes)} to {max(sizes)}; {speed:.0f} pictures a second a process at "
               f"{cfg.image_size} px")
     say(f"  broken or skipped: {len(train.skipped + broken)}")
     for line in train.skipped + broken:

@@ -13,7 +13,7 @@ repository Gaurav14cs17/PS-VAE.
     |--E, frozen--> f_target ----- MSE ----- f_hat <--SemanticDecoder--|
     '---------------------- L1, MSE, LPIPS --- x_hat <--PixelDecoder---'
 
-    python psvae.py                       from out/svae.pt; tiny: half an hour on 2 CPU cores
+    python psvae.py                       from out/svae.pt; tiny: about an hour on a CPU core
     python psvae.py --data ./imagenet     the real thing, on one CUDA GPU
     python psvae.py --reconstruct a.png   out/reconstruction.png: picture | its reconstruction
     python psvae.py --encode-only         writes out/latents/ again
@@ -21,9 +21,9 @@ repository Gaurav14cs17/PS-VAE.
 Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt,
 out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/. Run again, it
 resumes. notes/checks/evaluate.py measures the result: PSNR, SSIM, LPIPS, FDD.
-Expect (tiny, seed 0): held-out PSNR 23.3 dB after 400 steps; later steps were measured with
---beta 1e-4 only: 24.4 after 400, 30.3 after 2,000, 33.8 after 4,000, 36.0 after 7,000. Shapes are
-blobs until 29 dB or so.
+Expect (tiny, seed 0): held-out PSNR 23 dB after 400 steps, 25 after 800. The preset as a whole is
+not measured yet; with --beta 1e-4 and objects anywhere 30.3 after 2,000, 36.0 after 7,000. Below
+31 dB small crosses and circles look alike.
 """
 
 import copy

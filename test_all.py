@@ -18,7 +18,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
@@ -54,10 +53,12 @@ from notes.claims import claims, lab, off_manifold, schedule
 from notes.reading import build as reading
 from notes.tiny import pretrain_tiny, ship
 from notes.world import editbench, emoji, geneval, judge, swaps
+from notes.world import world as toy
 
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 HERE = Path(data.__file__).parent
 STAGES = {"svae": svae, "psvae": psvae}
+PROGRAMS = {"data": data, **STAGES, "dit": dit, "sample": sample}
 
 
 # --- Independent forms, in float64 numpy ----------------------------------------------------------
@@ -151,7 +152,6 @@ def stage_flags(stage, encoders):
 def encoders(tmp_path_factory):
     """Untrained encoders of the true architectures, saved as transformers saves them:
     (image folder, text folder)."""
-    from notes.tiny import pretrain_tiny
     top = tmp_path_factory.mktemp("encoders")
     pretrain_tiny.untrained_encoders(top)
     return str(top / "image"), str(top / "text")
@@ -160,8 +160,7 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The built-in world with 120 pictures."""
-    from notes.world import world
-    return world.write(tmp_path_factory.mktemp("data") / "world", count=120)
+    return toy.write(tmp_path_factory.mktemp("data") / "world", count=120)
 
 
 @pytest.fixture(scope="session")
@@ -412,7 +411,7 @@ def test_a_fresh_block_of_the_pixel_decoder_is_the_identity_and_still_learns():
     block, x = psvae.ConvBlock(8), randn(2, 8, 4, 4).float()
     assert torch.equal(block(x), x)
     block(x).square().sum().backward()
-    assert block.body[-1].weight.grad.abs().sum() > 0
+    assert block.body[-1].weight.grad.any()
 
 
 def group_norm(x, w, name, c):
@@ -473,7 +472,6 @@ def test_eq_14_recomputing_encoder_and_pixel_decoder_happens_and_changes_no_grad
         x_hat, f_hat, _, _ = model(x, eps)
         (x_hat.square().mean() + f_hat.square().mean()).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        assert not any(m.training for m in model.encoder.modules() if isinstance(m, torch.nn.Dropout))
     assert calls.count(False) == 2 and calls.count(True) == 4  # forward, and again in the backward pass
     same(*grads, 1e-6)
 
@@ -874,15 +872,14 @@ def test_words_of_counts_without_capitals_and_stops_at_most():
 
 
 def test_every_picture_has_complete_captions_and_loose_ones(world):
-    from notes.world import world as world_module
     with open(world / "train/metadata.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
     first = {row["file_name"]: row for row in rows if "scene" in row}
     captions = [row for row in rows if "source" not in row]
     assert set(first) == {row["file_name"] for row in captions} and len(captions) > 3.5 * len(first)
-    words = lambda name: world_module.WORDS.get(name, (name,))
+    words = lambda name: toy.WORDS.get(name, (name,))
     for row in first.values():                                              # the first is complete
-        said = [o[name] for o in row["scene"]["objects"] for name in world_module.LOOK]
+        said = [o[name] for o in row["scene"]["objects"] for name in toy.LOOK]
         for name in [*said, row["scene"]["background"]]:
             assert any(word in row["text"] for word in words(name)), row
 
@@ -1001,14 +998,6 @@ def test_psnr_ssim_and_frechet_distance_against_their_definitions():
     assert math.isclose(evaluate.frechet_distance(one, one + [1, 2, 0, 0]), 5, rel_tol=1e-6)
     assert math.isclose(evaluate.frechet_distance(one, 3 * one - 2 * one.mean(0)),
                         4 * np.trace(np.cov(one, rowvar=False)), rel_tol=1e-6)
-
-
-def test_learning_rate_warms_up_and_decays():
-    rates = [data.learning_rate(step, 100, 10, 1.0) for step in range(100)]
-    same(rates[:10], np.arange(1, 11) / 10)
-    assert (rates[10] == 1.0 and all(a > b for a, b in zip(rates[10:], rates[11:]))
-            and 0.0099 < rates[-1] < 0.02)
-    same(rates[55], 0.01 + 0.99 * 0.5, 1e-9)
 
 
 def equations_of(source: str, own: range) -> list[int]:
@@ -1386,14 +1375,13 @@ HOSTILE = ['{"file_name": "../secret.png", "text": "up"}',
            '{"file_name": "sub/../../secret.png", "text": "up"}',
            '{"file_name": "%s/secret.png", "text": "absolute"}',
            '{"file_name": "..\\\\secret.png", "text": "up"}',
-           '{"file_name": "a.png", "text": "half a l', '[]', '7', '{"file_name": "a.png"}',
+           '{"file_name": "a.png", "text": "half a l', '[]', '{"file_name": "a.png"}',
            '{"text": "no name"}', '{"file_name": ["a.png"], "text": "a list"}',
            '{"file_name": "a.png", "text": "edit", "source": "gone.png"}',
            '{"file_name": "a.png", "text": "edit", "source": "../secret.png"}',
            '{"file_name": "/dev/zero", "text": "x"}', '{"file_name": "a.png", "text": 5}',
-           '{"file_name": "a.png", "text": []}', '{"file_name": "a.png", "text": ["x", null]}',
-           "[" * 100_000, '{"file_name": "a\\u0000.png", "text": "x"}',
-           '{"file_name": "a.png", "text": "NUL \\u0000"}',
+           '{"file_name": "a.png", "text": ["x", null]}', "[" * 100_000,
+           '{"file_name": "a\\u0000.png", "text": "x"}',
            '{"file_name": "table.json", "text": "no picture"}']
 
 
@@ -1413,14 +1401,6 @@ def test_hostile_rows_are_counted_and_named_and_none_leaves_the_folder(tmp_path,
                for i, line in enumerate(train.skipped, 1))
     assert [len(text) for _, text, _ in train.rows] == [0, 100_000, 8]
     assert all(text.encode("utf-8") is not None for _, text, _ in train.rows)    # can be written
-
-
-def test_pipes_do_not_hang_a_run(tmp_path):
-    picture(tmp_path / "a.png"), (tmp_path / "link.png").symlink_to("pipe")
-    for name in ("pipe", "b.png", "a.txt", "metadata.csv"):
-        os.mkfifo(tmp_path / name)
-    train, _ = data.read_folder(str(tmp_path), max_broken=1)
-    assert train.images == ["a.png"] and len(train.skipped) == 5
 
 
 def test_a_file_name_that_is_no_unicode_gives_a_caption_that_can_be_written(tmp_path):
@@ -1479,14 +1459,14 @@ def test_a_picture_is_what_its_suffix_says_and_carries_its_settings(tmp_path, na
 
 
 def test_nothing_but_a_file_is_written_over_and_a_link_stays_one(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png"), (tmp_path / "folder.png").mkdir()
-    (tmp_path / "null.png").symlink_to("/dev/null"), (tmp_path / "to.png").symlink_to("there.png")
-    for name in ("pipe.png", "folder.png", "null.png", "a.gif", "a"):
+    (tmp_path / "folder.png").mkdir(), (tmp_path / "null.png").symlink_to("/dev/null")
+    for name in ("folder.png", "null.png", "a.gif", "a"):
         with pytest.raises(data.UserError):
             data.check_picture_path(tmp_path / name)
-    for path in (tmp_path / "pipe.png", tmp_path / "null.png", tmp_path / "folder.png"):
-        with pytest.raises(data.UserError, match="is no file"), data.atomic(path):
+    for name in ("folder.png", "null.png"):
+        with pytest.raises(data.UserError, match="is no file"), data.atomic(tmp_path / name):
             pytest.fail("it was opened")
+    (tmp_path / "to.png").symlink_to("there.png")
     data.save_picture(Image.new("RGB", (9, 9)), tmp_path / "to.png")
     assert (tmp_path / "to.png").is_symlink() and Image.open(tmp_path / "there.png").size == (9, 9)
 
@@ -1548,8 +1528,8 @@ def test_the_image_encoder_stays_in_eval_mode_and_its_mask_token_frozen(encoders
     encoder = data.load_image_encoder(encoders[0])
     torch.nn.Sequential(encoder).train()
     assert not any(module.training for module in encoder.modules())
-    assert ([name for name, p in encoder.named_parameters() if not p.requires_grad]
-            == ["network.embeddings.mask_token"])
+    frozen = [name for name, p in encoder.named_parameters() if not p.requires_grad]
+    assert frozen == ["network.embeddings.mask_token"]
 
 
 def test_a_description_rebuilds_the_encoder(image_encoder):
@@ -1560,11 +1540,14 @@ def test_a_description_rebuilds_the_encoder(image_encoder):
     assert again.description == image_encoder.description
 
 
-def test_another_kind_of_network_is_refused(encoders):
-    with pytest.raises(data.UserError, match="'dinov2' model; needed: t5"):
-        data.load_text_encoder(encoders[0])
-    with pytest.raises(data.UserError, match="'t5' model; needed: dinov2"):
-        data.load_image_encoder(encoders[1])
+def test_another_kind_of_network_or_one_that_is_not_there_is_refused(encoders):
+    for load, name, said in (
+            (data.load_text_encoder, encoders[0], "'dinov2' model; needed: t5"),
+            (data.load_image_encoder, encoders[1], "'t5' model; needed: dinov2"),
+            (data.load_image_encoder, "facebook/nowhere", "nowhere cannot be loaded.* network"),
+            (data.load_image_encoder, "./nowhere", "no such folder: ./nowhere")):
+        with pytest.raises(data.UserError, match=said):
+            load(name)
 
 
 def weights_changed(change):
@@ -1610,15 +1593,9 @@ def test_a_t5_with_its_decoder_loads_like_the_encoder_alone(tmp_path, encoders):
     folder = shutil.copytree(encoders[1], tmp_path / "text")
     weights_changed(lambda w: w | {"lm_head.weight": torch.zeros(400, 32),
                                    "decoder.final_layer_norm.weight": torch.zeros(32)})(folder)
-    one, two = (data.load_text_encoder(str(name))(["a red circle"])[0] for name in (folder, encoders[1]))
+    one, two = (data.load_text_encoder(str(name))(["a red circle"])[0]
+                for name in (folder, encoders[1]))
     assert torch.equal(one, two)
-
-
-def test_a_name_that_is_not_cached_is_refused_where_no_network_answers():
-    with pytest.raises(data.UserError, match="facebook/dinov2-nowhere cannot be loaded.* needs the network"):
-        data.load_image_encoder("facebook/dinov2-nowhere")
-    with pytest.raises(data.UserError, match="no such folder: ./nowhere"):
-        data.load_image_encoder("./nowhere")
 
 
 def test_texts_are_embedded_alike_alone_and_padded_beside_longer_ones(encoders):
@@ -1630,7 +1607,6 @@ def test_texts_are_embedded_alike_alone_and_padded_beside_longer_ones(encoders):
         alone, alone_mask = encoder([caption])
         assert alone_mask.all() and mask[i].sum() == alone.shape[1]
         assert (c[i][mask[i]] - alone[0]).abs().max() < 1e-5, caption
-    assert mask[1].sum() == 1                                           # "" is the single token </s>
 
 
 def test_a_text_is_cut_at_the_limit_and_keeps_its_end_token(encoders):
@@ -1652,11 +1628,11 @@ def test_every_epoch_is_another_permutation_of_the_rows_without_a_gap(count, bat
 
 
 def test_the_order_depends_on_seed_stage_and_step_alone():
-    late = data.order(1, "svae", 50, 8, 9).tolist()
+    draw = lambda *key: data.order(key[0], key[1], 50, 8, key[2]).tolist()
+    first = draw(1, "svae", 9)
     data._permutation.cache_clear()
-    for other in ((2, "svae", 50, 8, 9), (1, "dit", 50, 8, 9), (1, "svae", 50, 8, 10)):
-        assert data.order(*other).tolist() != late
-    assert data.order(1, "svae", 50, 8, 9).tolist() == late
+    assert first not in (draw(2, "svae", 9), draw(1, "dit", 9), draw(1, "svae", 10))
+    assert draw(1, "svae", 9) == first
 
 
 def test_every_purpose_of_every_step_has_its_own_noise():
@@ -1684,47 +1660,38 @@ def test_the_draws_of_two_ranks_are_the_halves_of_one_process_draw(draw):
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def full_disk(*args, **_):
-    """torch.save on a disk that fills up half way."""
-    Path(args[1]).write_bytes(b"half")
-    raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("stage, library, at", [
+    ("svae", torch, 1), ("psvae", torch, 1), ("dit", torch, 1), ("psvae", np, 5), ("dit", np, 5)])
+def test_a_full_disk_is_one_line_keeps_what_is_whole_and_the_run_goes_on_when_there_is_room(
+        stage, library, at, copy, trained, refused, monkeypatch):
+    """At the checkpoint, or at the fifth file of latents or texts."""
+    out, main = copy(f"{stage}.pt", f"{stage}.csv", *NEEDS[stage]), PROGRAMS[stage].main
+    written, save = [], library.save
 
-
-@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_goes_on_when_there_is_room(
-        stage, copy, trained, refused, monkeypatch):
-    out, main = copy(f"{stage}.pt", f"{stage}.csv", "latents", "text"), globals()[stage].main
+    def full(*args, **options):
+        written.append(1)
+        if len(written) == at:
+            Path(getattr(args[0], "name", args[-1])).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(*args, **options)
+    monkeypatch.setattr(data, "BLOCK", 40)
+    if stage == "psvae":
+        monkeypatch.setattr(data, "SHARD", 16)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
+        patch.setattr(library, "save", full)
         line = refused(main, "--out", out, "--steps", 9)
-    assert f"{stage}.pt could not be written" in line and "No space left" in line
-    assert (out / f"{stage}.pt").read_bytes() == (trained / f"{stage}.pt").read_bytes()
-    assert not list(out.rglob("*.partial"))
+    for words in ("could not be written", "No space left", *["Make room"] * (library is np)):
+        assert words in line
+    if library is torch:
+        assert (out / f"{stage}.pt").read_bytes() == (trained / f"{stage}.pt").read_bytes()
+    assert len(list(out.glob("*.partial/*.npy"))) == at - 1 and not list(out.glob("*.pt.partial"))
     assert main(["--out", str(out), "--steps", "9"]) == 0 and state(out / f"{stage}.pt")["step"] == 9
-
-
-def test_a_disk_that_fills_up_under_the_log_is_one_line_too(copy, refused, monkeypatch):
-    out = copy("svae.pt", "svae.csv")
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data.csv.DictWriter, "writerow", full)
-    assert "No space left" in refused(svae.main, "--out", out, "--steps", 9)
-
-
-def test_what_is_written_in_one_move_is_never_half_there(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), data.atomic(path) as partial:
-        partial.write_text("ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    with data.atomic(path) as partial:
-        partial.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+    assert not list(out.glob("*.partial"))
 
 
 class Attack:
+    """Unpickled, it would leave a file behind."""
+
     def __init__(self, path):
         self.path = path
 
@@ -1740,16 +1707,6 @@ def edited(change):
     return apply
 
 
-def first_weight(checkpoint, value):
-    name = min(checkpoint["model"])
-    checkpoint["model"][name] = value(checkpoint["model"][name])
-
-
-def first_moment(checkpoint, value):
-    moments = checkpoint["optimizer"]["state"][0]
-    moments["exp_avg"] = value(moments["exp_avg"])
-
-
 DAMAGE = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
     "empty": lambda path: path.write_bytes(b""),
@@ -1763,16 +1720,12 @@ DAMAGE = {
     **{f"{key} is text": edited(lambda c, key=key: c.update({key: "7"}))
        for key in ("config", "model", "step", "optimizer", "pending", "data")},
     "--batch is 'many'": edited(lambda c: c["config"].update(batch="many")),
-    "--steps is": edited(lambda c: c["config"].update(steps=torch.zeros(3))),
     "1 weights do not fit, the first": edited(lambda c: c["model"].pop(min(c["model"]))),
     "the first surplus": edited(lambda c: c["model"].update(surplus=torch.zeros(1))),
-    "(7,) instead of (": edited(lambda c: first_weight(c, lambda _: torch.zeros(7))),
-    "holds NaN or infinite": edited(lambda c: first_weight(c, lambda w: w * math.nan)),
-    "sparse weight": edited(lambda c: first_weight(c, lambda w: w.to_sparse())),
-    "short moment": edited(lambda c: first_moment(c, lambda _: torch.zeros(7))),
-    "optimizer holds NaN": edited(lambda c: first_moment(c, lambda m: m * math.inf)),
-    "surplus moments": edited(lambda c: c["optimizer"]["state"].update({999: {}})),
-    "no moments": edited(lambda c: c["optimizer"]["state"].update({0: [1]})),
+    "(7,) instead of (": edited(
+        lambda c: c.update(model=dict.fromkeys(c["model"], torch.zeros(7)))),
+    "holds NaN or infinite": edited(lambda c: min(c["model"].items())[1].mul_(math.nan)),
+    "optimizer holds NaN": edited(lambda c: c["optimizer"]["state"][0]["exp_avg"].mul_(math.inf)),
     "lacks every moment": edited(lambda c: c["optimizer"]["state"].clear()),
 }
 
@@ -1789,50 +1742,159 @@ def test_a_hostile_or_damaged_checkpoint_is_refused_with_a_reason_and_left_alone
             and not (out / "executed").exists())
 
 
-def test_a_small_file_that_declares_a_huge_network_is_refused_before_it_is_built(copy, refused):
-    out = copy("psvae.pt", "dit.pt")
-    edited(lambda c: c["config"].update(width=60000, heads=2, depth=1000))(out / "dit.pt")
-    assert "do not fit" in refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png")
+def damaged(name, change):
+    return lambda out, patch: edited(change)(out / name)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce] can't allocate memory: 1 PB"),
-                                   torch.cuda.OutOfMemoryError("CUDA out of memory")])
-def test_a_full_memory_is_one_line(error, copy, refused, monkeypatch):
-    def full(*_):
+def put(name, content):
+    return lambda out, patch: (out / name).write_bytes(content.encode("latin-1"))
+
+
+def meta(**new):
+    """The description of the latents says something else."""
+    def apply(out, patch):
+        path = out / "latents/meta.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | new))
+    return apply
+
+
+def raises(owner, name, error):
+    def fail(*_, **__):
         raise error
-    monkeypatch.setattr(svae, "svae_loss", full)
-    assert "the memory is full" in refused(svae.main, "--out", copy("svae.pt"), "--steps", 9)
+    return lambda out, patch: patch.setattr(owner, name, fail)
 
 
-def test_a_log_that_is_damaged_is_named(copy, refused):
-    out = copy("svae.pt")
-    (out / "svae.csv").write_bytes(b"step\xff\n1\n")
-    assert re.search(r"svae.csv is damaged.*Move it away", refused(svae.main, "--out", out, "--steps", 9))
+def environment(pairs):
+    def apply(out, patch):
+        patch.delenv("MASTER_ADDR", raising=False)
+        for pair in pairs.split():
+            patch.setenv(*pair.split("="))
+    return apply
 
 
-@pytest.mark.parametrize("key", ["encoder_description", "model", "config"])
-def test_latents_are_not_made_with_a_psvae_that_lacks_a_part(key, copy, refused):
-    out = copy("psvae.pt")
-    edited(lambda c: c.pop(key))(out / "psvae.pt")
-    assert re.search(f"psvae.pt is damaged.*{key}", refused(psvae.main, "--out", out))
+def other_weights(name, key):
+    """The encoder that a checkpoint was trained with has other weights now."""
+    def apply(out, patch):
+        folder = shutil.copytree(state(out / name)["config"][key], out / "other")
+        weights_changed(lambda w: {name: weight + 0.1 for name, weight in w.items()})(folder)
+        edited(lambda c: c["config"].update({key: str(folder)}))(out / name)
+    return apply
 
 
-@pytest.mark.parametrize("out", ["x", "x.gif.exe", "pipe.png"])
-def test_sample_refuses_an_out_that_is_no_picture_before_it_draws(out, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "Pipeline", None)
-    os.mkfifo("pipe.png")
-    assert out in refused(sample.main, "--prompt", "a", "--out", out)
+def as_transformers_4_calls_them(c):
+    c["model"] = {name.replace("q_proj", "query"): weight for name, weight in c["model"].items()}
+    c["versions"]["transformers"] = "4.57.1"
 
 
-@pytest.mark.parametrize("file, key",
-                         [("dit.pt", key) for key in ("ema", "shape", "psvae_fingerprint", "text_fingerprint",
-                                                               "mean", "variance", "edits", "config")])
-def test_nothing_is_sampled_from_a_checkpoint_that_lacks_a_part(file, key, copy, refused):
-    out = copy("psvae.pt", "dit.pt")
-    edited(lambda c: c.pop(key))(out / file)
-    line = refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png")
-    assert re.search(f"{file} is damaged.*{key}", line)
+def without_edits(out, patch):
+    picture(out / "a.png"), edited(lambda c: c.update(edits=0))(out / "dit.pt")
+
+
+nothing = lambda out, patch: None
+no_room = lambda out, patch: patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+MODEL, TRAINED = "psvae.pt dit.pt", "dit.pt latents text"
+STAGE_2 = " ".join(["psvae", *PSVAE])
+OTHER = "weights of .*/other are not|encoder than .*/other is now"
+# What is met: (files that are there, what is done to them, what is typed, what is said)
+REFUSED = {
+    **{f"psvae.pt lacks {key}": (
+        "psvae.pt", damaged("psvae.pt", lambda c, key=key: c.pop(key)), "psvae",
+        f"psvae.pt is damaged.*{key}") for key in ("encoder_description", "model", "config")},
+    **{f"dit.pt lacks {key}": (
+        MODEL, damaged("dit.pt", lambda c, key=key: c.pop(key)), "sample",
+        f"dit.pt is damaged.*{key}")
+       for key in ("ema", "shape", "psvae_fingerprint", "mean", "variance", "text_fingerprint",
+                   "edits", "config")},
+    "a small file that declares a huge network": (
+        MODEL, damaged("dit.pt", lambda c: c["config"].update(width=60000, heads=2, depth=1000)),
+        "sample", "do not fit"),
+    "a checkpoint of transformers 4": (
+        "psvae.pt", damaged("psvae.pt", as_transformers_4_calls_them), "psvae --encode-only",
+        "(?=.*made with transformers 4.57.1, here is ).*weights do not fit"),
+    **{f"{name}: {content}": (TRAINED, put(f"latents/{name}", content), "dit --steps 9",
+                              "(?=.*latents).*python psvae.py") for name, content in (
+        ("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"format": 1}'),
+        ("rows.jsonl", "{"), ("rows.jsonl", '{"image": 999999, "text": "x"}\n'),
+        ("rows.jsonl", '{"image": 1, "text": 5}\n'), ("00000.npy", "junk"))},
+    "a shard is gone": (TRAINED, lambda out, _: (out / "latents/00000.npy").unlink(),
+                        "dit --steps 9", "(?=.*latents).*python psvae.py"),
+    "texts that say nothing": (
+        TRAINED, lambda out, _: np.save(out / "text/00000.lengths.npy", np.zeros(3, int)),
+        "dit --steps 9", "text is damaged.*Remove it"),
+    "a damaged log": ("svae.pt", put("svae.csv", "step\xff\n1\n"), "svae --steps 9",
+                      "svae.csv is damaged.*Move it away"),
+    **{f"{what} has an encoder of other weights": (files, other_weights(name, key), command, OTHER)
+       for what, files, name, key, command in (
+        ("stage 1", "svae.pt", "svae.pt", "encoder", "svae --steps 9"),
+        ("stage 2", "psvae.pt", "psvae.pt", "encoder", "psvae --steps 9"),
+        ("stage 2 from stage 1", "svae.pt", "svae.pt", "encoder", STAGE_2),
+        ("stage 3", TRAINED, "dit.pt", "text_encoder", "dit --steps 9"),
+        ("sample.py", MODEL, "dit.pt", "text_encoder", "sample"))},
+    "latents of other pictures": (TRAINED, meta(digest="f" * 64), "dit --steps 9",
+                                  "latents of other pictures or captions: 125 pictures, 125"),
+    "latents of other statistics": (TRAINED, meta(variance=[9.0] * 8), "dit --steps 9",
+                                    "other channel statistics than those that dit.pt"),
+    "latents of another psvae.pt": (TRAINED, meta(fingerprint="f" * 64), "dit --steps 9",
+                                    "latents of another psvae.pt"),
+    "a dit.pt of another psvae.pt": (
+        MODEL, damaged("psvae.pt", lambda c: c.update(fingerprint="f" * 64)), "sample",
+        "latents of another psvae.pt"),
+    **{f"{stage} {flag} {value}, resumed": (
+        f"{stage}.pt latents", nothing, f"{stage} --steps 9 {flag} {value}",
+        rf"(?=.*--fresh)(?=.*--out other).*{flag} .* contradicts .*, which has {flag} {saved}")
+       for stage, flag, value, saved in (
+        ("svae", "--batch", "32", "48"), ("svae", "--beta", "0.5", "0.0001"),
+        ("psvae", "--widths", "8,8,8,16", r"\(8, 8, 8, 8\)"), ("dit", "--depth", "3", "2"),
+        ("dit", "--seed", "1", "0"))},
+    **{f"{what}, nothing trained": ("psvae.pt latents", nothing, f"psvae --encode-only {what}",
+                                    f"{what} contradicts")
+       for what in ("--z-dim 9", "--image-size 64", "--preset full")},
+    "a size that dit does not have": ("latents", nothing, "dit --size M",
+                                      "--size M: allowed are .*S, B, L, XL"),
+    "more steps than T": (MODEL, nothing, "sample --steps 1001", "allowed is 1 to 1000"),
+    "a source that is no picture": (MODEL, put("a.png", "no picture"), "sample --image {out}/a.png",
+                                    "a.png cannot be read as an image"),
+    "a source for a model without edits": (MODEL, without_edits, "sample --image {out}/a.png",
+                                           "trained without edits"),
+    "an --out that is no picture": ("", raises(sample, "Pipeline", None),
+                                    "sample --out {out}/x.gif.exe", "x.gif.exe"),
+    "an --out inside a file": (MODEL, nothing, "sample --out {out}/dit.pt/x.png", "dit.pt"),
+    "no room for latents": ("psvae.pt", no_room, "psvae", "need .* KB, .* has 0 B free"),
+    "no room for texts": ("dit.pt latents", no_room, "dit --steps 9", "need .* KB, .* has 0 B free"),
+    "a disk that is full under the log": (
+        "svae.pt svae.csv", raises(csv.DictWriter, "writerow", OSError(28, "No space left")),
+        "svae --steps 9", "No space left"),
+    **{type(error).__name__: ("svae.pt", raises(svae, "svae_loss", error), "svae --steps 9",
+                              "the memory is full")
+       for error in (MemoryError(), RuntimeError("[enforce] can't allocate memory: 1 PB"),
+                     torch.cuda.OutOfMemoryError("CUDA out of memory"))},
+    "VGG's weights are missing": (
+        "svae.pt", lambda out, patch: patch.setitem(sys.modules, "lpips", None),
+        STAGE_2 + " --lpips-weight 0.1", "--lpips-weight 0"),
+    "an older transformers": ("", lambda out, patch: patch.setattr(
+        data.importlib.metadata, "version", lambda name: "4.57.1"), "svae",
+        "transformers 4.57.1 is installed; needed is 5.17"),
+    **{f"half of torchrun: {given}": ("", environment(given), "svae", given.split()[0])
+       for given in ("RANK=1", "RANK=abc WORLD_SIZE=2 LOCAL_RANK=0",
+                     "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0", "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0")},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_run_that_cannot_go_on_says_why_in_one_line_and_changes_no_checkpoint(
+        what, copy, refused, monkeypatch):
+    files, change, command, said = REFUSED[what]
+    out = copy(*files.split())
+    change(out, monkeypatch)
+    before = {path: path.read_bytes() for path in out.glob("*.pt")}
+    name, *words = command.format(out=out).split()
+    where = ["--out", out]
+    if name == "sample":
+        where = ["--prompt", "a", "--model", out, "--out", out / "x.png"]
+    line = refused(PROGRAMS[name].main, *where, *words)
+    assert re.search(said, line), line
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (out / "x.png").exists() and not list(out.glob("*.partial/*.npy"))
 
 
 def test_the_fingerprint_is_that_of_the_weights_that_encode(trained):
@@ -1866,14 +1928,21 @@ NEEDS = {"svae": [], "psvae": ["svae.pt"], "dit": ["latents"]}
 
 
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
-def test_a_run_stopped_twice_is_bit_equal_to_one_that_was_not(stage, copy, trained, encoders, monkeypatch):
-    out, main = copy(*NEEDS[stage]), globals()[stage].main
+def test_a_run_stopped_twice_says_how_to_resume_and_is_bit_equal_to_one_that_was_not(
+        stage, copy, trained, encoders, monkeypatch, capsys):
+    out, main = copy(*NEEDS[stage]), PROGRAMS[stage].main
     for count, step in ((3, 3), (2, 5)):                                # inside epoch 2, then inside epoch 3
         with monkeypatch.context() as patch:
             stop_at(patch, stage, count)
             assert main([*stage_flags(stage, encoders), "--out", str(out)]) == 143
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert f"saved at step {step} of 7: {out}/{stage}.pt. The same command resumes" in last
         assert state(out / f"{stage}.pt")["step"] == step
     assert main(["--out", str(out)]) == 0                               # no flag has to be typed again
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["--out", str(out)]) == 0 and "is finished: 7 steps" in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in files.items())
     one, two = state(out / f"{stage}.pt"), state(trained / f"{stage}.pt")
     assert one["config"].pop("out") != two["config"].pop("out") and equal(one, two)
     assert (out / f"{stage}.csv").read_bytes() == (trained / f"{stage}.csv").read_bytes()
@@ -1931,20 +2000,13 @@ def test_two_ranks_encode_every_second_shard(copy, trained, monkeypatch):
     assert encoded[0] == [f"{i:05d}.npy" for i in (1, 3, 5, 7)] and len(encoded[1]) == 8
 
 
-def test_a_signal_in_the_last_step_of_stage_2_is_not_lost(copy, monkeypatch):
+@pytest.mark.parametrize("count, method", [(7, "record"), (2, "save")])
+def test_a_signal_in_the_last_step_of_stage_2_or_its_saving_is_obeyed_before_the_encoding(
+        count, method, copy, monkeypatch):
     out = copy("svae.pt")
-    stop_at(monkeypatch, "psvae", 7)
+    stop_at(monkeypatch, "psvae", count, method)
     assert psvae.main([*PSVAE, "--out", str(out)]) == 143
-    assert state(out / "psvae.pt")["step"] == 7 and not (out / "latents").exists()
-
-
-@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
-def test_a_finished_run_says_so_and_does_nothing(stage, copy, capsys):
-    out = copy(f"{stage}.pt", f"{stage}.csv", "latents", "text")
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert globals()[stage].main(["--out", str(out)]) == 0
-    assert "is finished: 7 steps" in capsys.readouterr().out
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert state(out / "psvae.pt")["step"] == 7 and not list(out.glob("latents*"))
 
 
 def test_more_steps_may_be_asked_for_and_the_decay_follows_and_is_said(copy, capsys):
@@ -1957,52 +2019,25 @@ def test_more_steps_may_be_asked_for_and_the_decay_follows_and_is_said(copy, cap
     assert rows[5]["learning_rate"] == pytest.approx(data.learning_rate(7, 10, 2, 2e-3), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage, flag, value, saved", [
-    ("svae", "--batch", "32", "48"), ("svae", "--beta", "0.5", "0.0001"),
-    ("psvae", "--widths", "8,8,8,16", r"\(8, 8, 8, 8\)"),
-    ("dit", "--depth", "3", "2"), ("dit", "--seed", "1", "0")])
-def test_a_flag_that_contradicts_the_checkpoint_is_refused_with_both_values(stage, flag, value, saved, copy,
-                                                                            refused):
-    out = copy(f"{stage}.pt", "latents")
-    line = refused(globals()[stage].main, "--out", out, flag, value, "--steps", 9)
-    assert re.search(rf"{flag} .* contradicts the checkpoint, which has {flag} {saved}", line)
-    assert "--fresh" in line and "--out other" in line
-
-
-@pytest.fixture
-def own_folder(tmp_path, encoders):
-    """A folder of 60 pictures, and the flags of a run on it."""
+def test_data_may_move_and_be_named_otherwise_but_another_set_is_refused(
+        tmp_path, encoders, refused, monkeypatch, capsys):
+    flags = [*SVAE, "--encoder", encoders[0], "--out", str(tmp_path / "out")]
     for i in range(60):
         picture(tmp_path / f"mine/{i:02d} red.png", (200, i, 40))
-    return tmp_path / "mine", [*SVAE, "--encoder", encoders[0], "--out", str(tmp_path / "out")]
-
-
-def test_data_may_move_and_be_named_otherwise_but_another_set_is_refused(own_folder, tmp_path, refused,
-                                                                         monkeypatch, capsys):
-    folder, flags = own_folder
     monkeypatch.chdir(tmp_path)
-    assert svae.main([*flags, "--data", "mine"]) == 0
-    for name in ("./mine/", str(folder)):                               # all are the same folder
+    for name in ("mine", "./mine/", str(tmp_path / "mine")):            # all are the same folder
         assert svae.main([*flags, "--data", name]) == 0
-    folder.rename(tmp_path / "moved")
+    os.rename("mine", "moved")
     assert "mine: no such folder" in refused(svae.main, *flags, "--steps", 8)
     assert svae.main([*flags, "--data", "moved", "--steps", "8"]) == 0  # and from now on
     assert state(tmp_path / "out/svae.pt")["config"]["data"] == str(tmp_path / "moved")
     picture(tmp_path / "moved/new.png"), capsys.readouterr()
     assert svae.main([*flags, "--steps", "9"]) == 0
-    assert re.search(r"holds other pictures or captions than svae.pt learned from: \d\d pictures, \d\d then", capsys.readouterr().out)
+    assert re.search(r"holds other pictures or captions than svae.pt learned from: \d\d pictures, "
+                     r"\d\d then", capsys.readouterr().out)
     picture(tmp_path / "others/a.png"), picture(tmp_path / "others/b.png")
     line = refused(svae.main, *flags, "--data", "others", "--steps", 10)
     assert "other pictures or captions" in line and "--out other" in line
-
-
-def test_a_dit_is_not_trained_on_with_latents_of_other_pictures_or_other_statistics(copy, refused):
-    for change, words in ((dict(digest="f" * 64), "latents of other pictures or captions: 125 pictures, 125"),
-                          (dict(variance=[9.0] * 8), "other channel statistics than those that dit.pt")):
-        out = copy("dit.pt", "latents", "text")
-        meta = json.loads((out / "latents/meta.json").read_text())
-        (out / "latents/meta.json").write_text(json.dumps(meta | change))
-        assert words in refused(dit.main, "--out", out, "--steps", 9)
 
 
 def test_latents_are_not_rewritten_while_a_dit_is_trained_on_them(copy, encoders, refused, monkeypatch):
@@ -2030,24 +2065,12 @@ def test_stage_2_says_that_it_started_from_another_stage_1(copy, capsys):
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, encoders):
     out = copy("svae.pt", f"{stage}.pt", f"{stage}.csv", f"{stage}.png", "latents")
-    assert globals()[stage].main([*stage_flags(stage, encoders), "--out", str(out), "--fresh", "--seed", "5"]) == 0
+    flags = [*stage_flags(stage, encoders), "--out", str(out), "--fresh", "--seed", "5"]
+    assert PROGRAMS[stage].main(flags) == 0
     for name in (f"{stage}.pt", f"{stage}.csv", f"{stage}.png"):
         assert (out / "old-1" / name).read_bytes() == (trained / name).read_bytes()
     old, new = state(out / "old-1" / f"{stage}.pt"), state(out / f"{stage}.pt")
     assert new["config"]["seed"] == 5 and not equal(old["model"], new["model"])
-
-
-def test_fresh_killed_half_way_still_has_the_old_run(copy, monkeypatch):
-    out, moved, replace = copy("svae.pt", "svae.csv", "svae.png"), [], os.replace
-
-    def killed(a, b):
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        moved.append(Path(a).name), replace(a, b)
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        data.set_aside(out, "svae.pt", "svae.csv", "svae.png")
-    assert (out / "svae.pt").exists() and sorted(os.listdir(out / "old-1")) == ["svae.csv", "svae.png"]
 
 
 TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),
@@ -2060,7 +2083,7 @@ TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),
 @pytest.mark.parametrize("stage, term, function", TERMS)
 def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
         stage, term, function, value, copy, encoders, refused, monkeypatch):
-    out, module = copy(*NEEDS[stage]), globals()[stage]
+    out, module = copy(*NEEDS[stage]), PROGRAMS[stage]
     original, calls = getattr(module, function), []
 
     def planted(*args):
@@ -2074,24 +2097,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
     assert checkpoint["step"] == 4 and all(w.isfinite().all() for w in checkpoint["model"].values())
 
 
-def test_a_huge_gradient_is_clipped(copy, encoders, monkeypatch):
-    out, original, norms = copy(), svae.svae_loss, []
-    monkeypatch.setattr(svae, "svae_loss", lambda *args: {k: v * 1e6 for k, v in original(*args).items()})
-    step = torch.optim.AdamW.step
+@pytest.fixture
+def gradients(monkeypatch):
+    """Gets the gradient of every step of an optimizer."""
+    taken, step = [], torch.optim.AdamW.step
 
     def watched(optimizer, *args):
-        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups
-                                for p in group["params"]]).norm().item())
+        taken.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups
+                                for p in group["params"] if p.grad is not None]).double())
         return step(optimizer, *args)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return taken
+
+
+def test_a_huge_gradient_is_clipped(copy, encoders, monkeypatch, gradients):
+    out, original = copy(), svae.svae_loss
+    monkeypatch.setattr(svae, "svae_loss", lambda *args: {
+        name: value * 1e6 for name, value in original(*args).items()})
     assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out), "--clip", "0.5"]) == 0
-    assert norms and max(norms) <= 0.5001 and losses(out / "svae.csv")[0]["grad_norm"] > 100
+    assert 0 < max(g.norm() for g in gradients) <= 0.5001
+    assert losses(out / "svae.csv")[0]["grad_norm"] > 100
 
 
 # --- The command line -----------------------------------------------------------------------------
-
-PROGRAMS = {"data": data, "svae": svae, "psvae": psvae, "dit": dit, "sample": sample}
-
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_flag_of_every_program_is_explained_by_its_comment(name, capsys):
@@ -2121,10 +2149,7 @@ def test_numbers_are_finite_and_not_negative_and_counts_at_least_1(name):
 
 
 BAD = {
-    "svae --steps 0": "--steps 0: allowed is 1 or more|--steps 0: allowed is 1 to",
     "svae --steps 1.5": "--steps: invalid int value: '1.5'",
-    "svae --batch -4": "--batch -4: allowed is 1",
-    "svae --beta nan": "--beta nan: allowed is 0",
     "svae --colour red": "unrecognized arguments: --colour red.*--help",
     "svae --step 5": "unrecognized arguments: --step",
     "svae --preset large": "--preset large: allowed are full, tiny",
@@ -2145,69 +2170,29 @@ BAD = {
     "sample --prompt a --model {tmp}/x": "/x: no such folder",
     "sample --prompt a --image {tmp}/x.png": "x.png: no such file",
     "sample": "--prompt is missing",
-    "sample --prompt a -n 0": "-n 0: allowed is 1",
     "sample --prompt a --eta 1.5": "--eta 1.5: allowed is 0 to 1",
-    "sample --prompt a --guidance inf": "--guidance inf: allowed is 0",
     "data --data {file}": "is a file; a folder of images is needed",
     "data --data {empty}": "no images in it",
     "data --count 0": "--count 0: allowed is 1",
+    **{f"{name} --count 10 --out {{file}}": "file" for name in ("data", "svae", "psvae")},
+    "dit --out {file}": "file",
 }
 
 
 @pytest.mark.parametrize("command", BAD)
 def test_wrong_input_gets_one_clear_line_and_exit_code_2(command, tmp_path, refused, monkeypatch):
-    (tmp_path / "file").write_text("x"), (tmp_path / "empty").mkdir(), (tmp_path / "empty/readme.md").touch()
+    (tmp_path / "file").write_text("x"), touch(tmp_path, "empty/readme.md")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    name, *words = command.format(tmp=tmp_path, file=tmp_path / "file", empty=tmp_path / "empty").split()
+    places = {"tmp": tmp_path, "file": tmp_path / "file", "empty": tmp_path / "empty"}
+    name, *words = command.format(**places).split()
     out = tmp_path / "out" / ("x.png" if name == "sample" else "x")
-    assert re.search(BAD[command], refused(PROGRAMS[name].main, *words, "--out", out))
-
-
-def test_a_size_that_dit_does_not_have_is_refused_with_those_that_it_has(copy, refused):
-    line = refused(dit.main, "--size", "M", "--out", copy("latents"))
-    assert re.search("--size M: allowed are .*S, B, L, XL", line)
-
-
-@pytest.mark.parametrize("name", ["data", "svae", "psvae", "dit", "sample"])
-def test_an_out_that_cannot_be_written_is_one_line(name, tmp_path, copy, refused):
-    (tmp_path / "file").write_text("x")
-    argv = (["--prompt", "a", "--model", copy("psvae.pt", "dit.pt"), "--out", tmp_path / "file/x.png"]
-            if name == "sample"
-            else ["--out", tmp_path / "file", *(["--count", 10] if name != "dit" else [])])
-    refused(PROGRAMS[name].main, *argv)
-    assert (tmp_path / "file").read_text() == "x"
+    assert re.search(BAD[command], refused(PROGRAMS[name].main, "--out", out, *words))
 
 
 def test_a_folder_with_the_name_of_the_world_that_is_not_it_is_refused(tmp_path, refused):
     touch(tmp_path, "out/world/mine.png")
     assert "world" in refused(data.main, "--out", tmp_path / "out", "--count", 10)
     assert os.listdir(tmp_path / "out/world") == ["mine.png"]
-
-
-def test_damaged_latents_are_refused_with_the_command_that_writes_them_again(copy, refused, encoders):
-    for name, content in (("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"format": 1}'),
-                          ("rows.jsonl", "{"), ("rows.jsonl", '{"image": 999999, "text": "x"}\n'),
-                          ("rows.jsonl", '{"image": 1.5, "text": "x"}\n'),
-                          ("rows.jsonl", '{"image": 1, "text": 5}\n'),
-                          ("00000.npy", "junk"), ("00000.npy", None)):
-        out = copy("latents")
-        if content is None:
-            (out / "latents" / name).unlink()
-        else:
-            (out / "latents" / name).write_text(content)
-        line = refused(dit.main, *DIT, "--text-encoder", encoders[1], "--out", out)
-        assert "latents" in line and "python psvae.py" in line, (name, content)
-
-
-def test_latents_of_another_psvae_are_refused(copy, refused, encoders):
-    out = copy("dit.pt", "latents")
-    meta = json.loads((out / "latents/meta.json").read_text())
-    (out / "latents/meta.json").write_text(json.dumps(meta | {"fingerprint": "f" * 64}))
-    assert "latents of another psvae.pt" in refused(dit.main, "--out", out, "--steps", 9)
-    out = copy("psvae.pt", "dit.pt")
-    edited(lambda c: c.update(fingerprint="f" * 64))(out / "psvae.pt")
-    assert "latents of another psvae.pt" in refused(sample.main, "--prompt", "a", "--model", out, "--out",
-                                                    out / "x.png")
 
 
 def test_a_new_dit_is_not_trained_on_latents_of_an_older_psvae(copy, refused, encoders, monkeypatch):
@@ -2227,23 +2212,12 @@ def test_a_folder_that_was_moved_is_the_one_that_is_gone_on_with(trained, tmp_pa
     assert state(tmp_path / "out/svae.pt")["step"] == 8 and (trained / "svae.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", [["--z-dim", "9"], ["--image-size", "64"], ["--preset", "full"]])
-def test_what_the_weights_are_made_for_is_not_contradicted_where_nothing_is_trained(copy, refused, what):
-    out = copy("psvae.pt", "latents")
-    assert f"{what[0]} {what[1]} contradicts" in refused(psvae.main, "--out", out, "--encode-only", *what)
-
-
-@pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
-def test_fresh_moves_nothing_where_another_flag_is_wrong(copy, refused, stage):
+def test_fresh_moves_nothing_where_another_flag_is_wrong_or_the_old_is_to_be_encoded(copy, refused):
     out = copy("svae.pt", "psvae.pt", "dit.pt", "latents")
-    refused(globals()[stage].main, "--out", out, "--fresh", "--batch", "-4")
-    assert (out / f"{stage}.pt").exists() and not (out / "old-1").exists()
-
-
-def test_fresh_does_not_take_away_what_is_to_be_encoded(copy):
-    out = copy("psvae.pt")
+    for main in (svae.main, psvae.main, dit.main):
+        refused(main, "--out", out, "--fresh", "--batch", "-4")
     assert psvae.main(["--out", str(out), "--fresh", "--encode-only"]) == 0
-    assert (out / "psvae.pt").exists() and not (out / "old-1").exists()
+    assert {"svae.pt", "psvae.pt", "dit.pt"} < set(os.listdir(out)) and not (out / "old-1").exists()
 
 
 def test_held_out_pictures_and_rows_are_taken_from_all_over(monkeypatch):
@@ -2265,39 +2239,6 @@ def test_held_out_pictures_and_rows_are_taken_from_all_over(monkeypatch):
     run.to_device = lambda parts: (torch.zeros(64, 2, 2, 3), *[None] * 4)
     dit.held_out_batch(run, Sorted(), list(range(1000)), torch.zeros(3), torch.ones(3))
     assert asked == list(range(0, 960, 15))
-
-
-def test_a_signal_while_the_last_checkpoint_is_written_is_obeyed_before_the_encoding(copy, monkeypatch):
-    out, save = copy("svae.pt"), data.Run.save
-
-    def struck(run, step):
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return save(run, step)
-    monkeypatch.setattr(data.Run, "save", struck)
-    assert psvae.main([*PSVAE, "--out", str(out)]) == 143
-    assert state(out / "psvae.pt")["step"] == 7 and not list(out.glob("latents*"))
-
-
-def test_an_encoder_whose_weights_have_changed_is_refused_by_every_later_stage(copy, refused, encoders,
-                                                                               tmp_path):
-    from safetensors.torch import load_file, save_file
-    image, text = (shutil.copytree(name, tmp_path / kind) for name, kind in zip(encoders, ("image", "text")))
-    for folder in (image, text):
-        weights = load_file(folder / "model.safetensors")
-        save_file({name: weight + 0.1 for name, weight in weights.items()}, folder / "model.safetensors",
-                  {"format": "pt"})
-    out = copy("svae.pt", "psvae.pt", "dit.pt", "latents")
-    for name, folder, key in (("svae", image, "encoder"), ("psvae", image, "encoder"),
-                              ("dit", text, "text_encoder")):
-        edited(lambda c: c["config"].update({key: str(folder)}))(out / f"{name}.pt")
-    weights_of = "weights of .*/image are not those|with another text encoder than .*/text is now"
-    for main in (svae.main, psvae.main, dit.main):
-        assert re.search(weights_of, refused(main, "--out", out, "--steps", 9)), main
-    assert re.search(weights_of,
-                     refused(sample.main, "--prompt", "a", "--model", out, "--out", out / "x.png"))
-    (out / "psvae.pt").unlink()
-    assert re.search(weights_of, refused(psvae.main, *PSVAE, "--out", out))  # stage 2 on another stage 1's
 
 
 def test_stage_2_without_stage_1_says_what_that_costs(tmp_path, encoders, world, capsys):
@@ -2342,11 +2283,6 @@ def test_reconstruct_prints_its_numbers_and_takes_the_shipped_model_where_there_
     assert "no such file" in refused(psvae.main, "--out", out, "--reconstruct", tmp_path / "gone.png")
     monkeypatch.chdir(tmp_path)
     assert psvae.main(["--reconstruct", name]) == 0 and "wrote out/recon" in capsys.readouterr().out
-
-
-def test_without_vggs_weights_the_perceptual_loss_is_refused_naming_the_way_out(copy, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    assert "--lpips-weight 0" in refused(psvae.main, *PSVAE, "--out", copy("svae.pt"), "--lpips-weight", 0.1)
 
 
 # --- Sampling, and pictures for people ------------------------------------------------------------
@@ -2400,8 +2336,9 @@ def test_an_out_that_is_a_folder_gets_each_picture_as_a_file_beside_the_sheet(tr
     assert Image.open(tmp_path / "one.jpg").format == "JPEG"
 
 
-def test_a_picture_lands_beside_the_model_that_drew_it(copy):
+def test_a_picture_lands_beside_the_model_that_drew_it_without_an_image_encoder(copy, monkeypatch):
     out = copy("psvae.pt", "dit.pt")
+    monkeypatch.setattr(data, "ImageEncoder", None)
     assert sample.main(["--prompt", "a", "-n", "1", "--steps", "1", "--model", str(out)]) == 0
     assert (out / "sample.png").exists()
 
@@ -2419,12 +2356,6 @@ def test_from_python_guidance_and_eta_are_those_of_the_models_preset(trained):
         pipeline(["a red circle"], [0])
         pipeline(["a red circle"], [0], guidance=2.0, eta=0.5)
     assert asked == [(3.0, 1.5, 1.0), (2.0, 1.5, 0.5)]
-
-
-def test_drawing_builds_no_image_encoder(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ImageEncoder", None)
-    argv = ["--prompt", "a", "-n", "1", "--steps", "1", "--model", str(trained)]
-    assert sample.main([*argv, "--out", str(tmp_path / "x.png")]) == 0
 
 
 def test_an_image_is_edited_and_shown_beside_the_result(trained, tmp_path):
@@ -2445,18 +2376,6 @@ def test_a_long_prompt_is_cut_and_an_empty_one_is_the_null_condition_and_both_ar
     assert sample.main([*argv, "--prompt", "\udcff is no unicode"]) == 0
 
 
-@pytest.mark.parametrize("words, line", [("--image {tmp}/gone.png", "gone.png: no such file"),
-                                         ("--image {tmp}/letter.png",
-                                          "letter.png cannot be read as an image"),
-                                         ("--steps 1001", "--steps 1001: allowed is 1 to 1000")])
-def test_sample_py_refuses_what_it_cannot_use(words, line, trained, tmp_path, refused):
-    broken_zoo(tmp_path)
-    argv = words.format(tmp=tmp_path).split()
-    assert line in refused(sample.main, "--prompt", "a", "--model", trained, "--out", tmp_path / "x.png",
-                           *argv)
-    assert not (tmp_path / "x.png").exists()
-
-
 def test_sampling_in_half_precision_draws_the_same_picture():
     pipeline = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
     assert not pipeline.half                                            # on a CPU bf16 is slow: fp32
@@ -2464,14 +2383,6 @@ def test_sampling_in_half_precision_draws_the_same_picture():
     whole, pipeline.half = draw(), True
     half = draw()
     assert 0 < np.abs(half - whole).mean() < 3
-
-
-def test_a_model_trained_without_edits_refuses_a_source(copy, refused, tmp_path):
-    out = copy("psvae.pt", "dit.pt")
-    edited(lambda c: c.update(edits=0))(out / "dit.pt")
-    line = refused(sample.main, "--prompt", "a", "--model", out, "--image", picture(tmp_path / "a.png"),
-                   "--out", out / "x.png")
-    assert "trained without edits" in line
 
 
 def test_sample_py_takes_out_where_it_holds_a_model(trained, tmp_path, monkeypatch):
@@ -2548,15 +2459,14 @@ STEPS = {"svae": (2, 4), "psvae": (2, 5), "dit": (6, 10)}
 def wired(tmp_path_factory, encoders):
     """Folders after the first and the second of STEPS; all (t, source) that the DiT has seen."""
     before, after = (tmp_path_factory.mktemp(name) for name in ("before", "after"))
-    from notes.world import world
-    world.write(after / "world", count=120, size=32)
+    toy.write(after / "world", count=120, size=32)
     seen, forward = [], dit.DiT.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dit.DiT, "forward", lambda model, z_t, t, c, mask, source=None:
                       seen.append((t, source)) or forward(model, z_t, t, c, mask, source))
         for stage, encoder in (("svae", ["--encoder", encoders[0]]), ("psvae", []),
                                ("dit", ["--text-encoder", encoders[1]])):
-            main, (first, last) = globals()[stage].main, map(str, STEPS[stage])
+            main, (first, last) = PROGRAMS[stage].main, map(str, STEPS[stage])
             assert main([*WIRED[stage], *encoder, "--steps", first, "--out", str(after)]) == 0
             shutil.copy(after / f"{stage}.pt", before)
             assert main(["--steps", last, "--out", str(after)]) == 0
@@ -2737,7 +2647,7 @@ def test_a_folder_is_flipped_and_cropped_and_the_built_in_world_never(stage, giv
     monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
     argv = [*WIRED["svae"], "--encoder", encoders[0], "--steps", "1", "--out", str(tmp_path)]
     argv += ["--permute-colours", "0", "--widths", "8,8,8,8"] if stage == "psvae" else []
-    assert globals()[stage].main([*argv, *([given, world] if given else [])]) == 0
+    assert PROGRAMS[stage].main([*argv, *([given, world] if given else [])]) == 0
     whole = {x.numpy().tobytes() for part in data.read_folder(world) for x in pictures_of(part)}
     batches = [[x.numpy().tobytes() in whole for x in batch] for batch in seen if len(batch) == 16]
     assert batches and all(all(batch) != bool(given) for batch in batches)
@@ -2754,8 +2664,7 @@ def test_two_processes_take_the_steps_of_one(wired, tmp_path):
         argv = ["--steps", str(last), "--out", str(out), *parts]
         lines.append(f"assert {stage}.main({argv}) == 0")
     (tmp_path / "run.py").write_text("\n".join(lines))
-    process = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
-                    29000 + os.getpid() % 2000, tmp_path / "run.py")
+    process = torchrun(tmp_path / "run.py")
     said = process.communicate(timeout=500)[0]
     assert process.returncode == 0, said
     for stage in STEPS:
@@ -2864,45 +2773,28 @@ def start(*words, folder=HERE, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def test_a_second_run_is_refused_naming_the_first_and_a_killed_run_goes_on_bit_equal(copy, refused):
-    flags = [*PSVAE, "--steps", "40", "--save-every", "3", "--workers", "1"]
-    killed, whole = copy("svae.pt"), copy("svae.pt")
-    process = start("psvae.py", *flags, "--out", killed)
-    try:
-        for _ in range(1200):
-            if (killed / "psvae.pt").exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        process.send_signal(signal.SIGSTOP)             # it must not finish before it is killed
-        line = refused(psvae.main, *flags, "--out", killed)
-        assert "in use by another run (psvae)" in line
-        before = set(os.listdir(killed))
-        refused(psvae.main, "--out", killed, "--fresh")
-        assert not {"old-1"} & set(os.listdir(killed)) and before <= set(os.listdir(killed))
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 0 < state(killed / "psvae.pt")["step"] < 40
-    assert psvae.main(["--out", str(killed), "--workers", "0"]) == 0    # at once: its lock died with it
-    assert psvae.main([*flags, "--out", str(whole), "--workers", "0"]) == 0
-    one, two = state(killed / "psvae.pt"), state(whole / "psvae.pt")
-    assert equal(one["model"], two["model"]) and equal(one["optimizer"], two["optimizer"])
-    for name in ("psvae.csv", "latents/00000.npy", "latents/rows.jsonl"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    assert not list(killed.rglob("*.partial"))
+def torchrun(*words):
+    """Two processes."""
+    return start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
+                 29000 + os.getpid() % 2000, *words)
 
 
-def test_two_processes_draw_one_world_and_give_the_losses_of_one(tmp_path, encoders):
-    flags = [*SVAE, "--encoder", encoders[0], "--count", "60"]
-    process = start("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
-                    29000 + os.getpid() % 2000, HERE / "svae.py", *flags, "--out", tmp_path / "two")
+def test_a_second_run_is_refused_naming_the_first_and_moves_nothing(copy, refused, monkeypatch):
+    out = copy("svae.pt", "psvae.pt")
+    monkeypatch.setattr(data, "LOCK_WAIT", 0)
+    with data.take_lock(out, "psvae"):
+        for flags in (["--steps", 9], ["--fresh"]):
+            line = refused(psvae.main, "--out", out, *flags)
+            assert "in use by another run (psvae)" in line
+    assert {"svae.pt", "psvae.pt"} < set(os.listdir(out)) and not (out / "old-1").exists()
+
+
+def test_two_processes_draw_one_world_and_one_of_them_speaks(tmp_path, encoders):
+    flags = [*SVAE, "--encoder", encoders[0], "--count", 60, "--out", tmp_path]
+    process = torchrun(HERE / "svae.py", *flags)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    assert svae.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    one, two = losses(tmp_path / "one/svae.csv"), losses(tmp_path / "two/svae.csv")
-    assert len(one) == len(two) == 5 and one[0] == pytest.approx(two[0], rel=1e-5)
-    assert one[-1] == pytest.approx(two[-1], rel=1e-3)
-    assert said.count("stage 1, tiny preset") == 1
+    assert process.returncode == 0 and said.count("stage 1, tiny preset") == 1, said
+    assert len(data.read_folder("", out=str(tmp_path))[0].images) == 60
 
 
 def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2(trained, tmp_path):
@@ -2921,19 +2813,17 @@ def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2
 
 @pytest.mark.parametrize("split", ["train", "val", "heldout"])
 def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_are_in_one_split_alone(split):
-    from notes.world import world
     for k in range(200):
-        scene = world.scene(k, split)
-        assert 1 <= len(scene.objects) <= 4 and world.legal(scene.objects)
-        assert all(o.x % world.LATTICE == 0 == o.y % world.LATTICE for o in scene.objects)
-        held_out = any((o.colour, o.shape) in world.HELD_OUT for o in scene.objects)
-        assert held_out == (split == "heldout") and scene == world.scene(k, split)
+        scene = toy.scene(k, split)
+        assert 1 <= len(scene.objects) <= 4 and toy.legal(scene.objects)
+        assert all(o.x % toy.LATTICE == 0 == o.y % toy.LATTICE for o in scene.objects)
+        held_out = any((o.colour, o.shape) in toy.HELD_OUT for o in scene.objects)
+        assert held_out == (split == "heldout") and scene == toy.scene(k, split)
 
 
 @pytest.mark.parametrize("kind", editbench.KINDS)
 def test_an_edit_of_the_world_leaves_all_that_it_does_not_name(kind):
-    from notes.world import world
-    edits = [edit for edit in map(world.edit, range(140)) if edit[3] == kind]
+    edits = [edit for edit in map(toy.edit, range(140)) if edit[3] == kind]
     assert len(edits) >= 10
     for before, text, after, _ in edits:
         assert (before.background == after.background) == (kind != "background")
@@ -2959,12 +2849,11 @@ def test_the_judge_reads_true_pictures_and_refuses_spoiled_ones():
 
 
 def test_geneval_asks_553_prompts_and_a_perfect_painter_meets_them_all():
-    from notes.world import world
     asked = geneval.prompts()
     assert collections.Counter(row["task"] for row in asked) == geneval.TASKS and len(asked) == 553
     asked = asked[::12]
-    true = {row["text"]: geneval.true_picture(row["requirement"], world.generator("test", row["text"]))
-            for row in asked}
+    true = {row["text"]: geneval.true_picture(row["requirement"],
+                                              toy.generator("test", row["text"])) for row in asked}
     perfect = geneval.evaluate(lambda texts, seed: np.stack([true[text] for text in texts]), asked, n=1)
     assert perfect["overall"]["score"] == 1 and perfect["unreadable"] == 0
     other = asked[1:] + asked[:1]
@@ -2974,21 +2863,18 @@ def test_geneval_asks_553_prompts_and_a_perfect_painter_meets_them_all():
 
 
 def test_prompts_as_people_type_them_say_the_same_in_other_words():
-    from notes.world import world
     plain = {word: words[0] for words in geneval.SAME.values() for word in words}
-    back = re.compile(r"\b(%s)\b" % "|".join(sorted(plain, key=len)[::-1]))
+    words_of = re.compile(r"\b(%s)\b" % "|".join(sorted(plain, key=len)[::-1]))
     strip = lambda text: re.sub(r"\b(an?|the|to) |\.$", "", text)
-    typed = [(row["text"], geneval.as_people_type(row["text"], world.generator("test", row["text"])))
-             for row in geneval.prompts()]
-    for text, other in typed:
-        assert strip(back.sub(lambda m: plain[m[1]], strip(other.lower()))) == strip(back.sub(
-            lambda m: plain[m[1]], strip(text)))
+    back = lambda text: strip(words_of.sub(lambda m: plain[m[1]], strip(text)))
+    asked = [row["text"] for row in geneval.prompts()]
+    typed = [geneval.as_people_type(text, toy.generator("test", text)) for text in asked]
+    for text, other in zip(asked, typed):
+        assert back(other.lower()) == back(text)
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", other.lower())
-    others = [other for _, other in typed]
-    for share in (np.mean([other.endswith(".") for other in others]), np.mean([other[0].isupper() for other in others]),
-                  np.mean([not re.search(r"\ban? ", other.lower()) for other in others])):
-        assert 0.35 < share < 0.75
-    assert np.mean([text.strip(".").lower() == other.strip(".").lower() for text, other in typed]) < 0.3
+    for habit in (r"\.$", "^[A-Z]", r"^(?!.*\b[Aa]n? )"):
+        assert 0.35 < np.mean([bool(re.search(habit, other)) for other in typed]) < 0.75
+    assert np.mean([a == b.strip(".").lower() for a, b in zip(asked, typed)]) < 0.3
 
 
 def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_nothing():
@@ -3002,11 +2888,10 @@ def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_no
 
 
 def test_features_at_objects_are_interpolated_between_the_patches_around_their_centres():
-    from notes.world import world
     side = torch.arange(4.0)                        # the patches hold their own (x, y), CLS holds 99
     tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1).flatten(0, 1)
     tokens = torch.cat([torch.full((1, 2), 99.0), tokens])[None].repeat(2, 1, 1)
-    thing = lambda x, y: world.Object("star", "red", "small", "filled", x, y)
+    thing = lambda x, y: toy.Object("star", "red", "small", "filled", x, y)
     found = pretrain_tiny.at_objects(tokens, [[thing(8, 40), thing(16, 48)], [thing(30, 24)]])
     torch.testing.assert_close(found, torch.tensor([[0, 2], [0.5, 2.5], [30 / 16 - 0.5, 1]]))
 
@@ -3073,24 +2958,6 @@ def test_a_text_encoder_learns_to_read(encoders, capsys):
     assert not any(p.requires_grad for p in encoder.network.parameters())
 
 
-def test_the_shipped_text_encoder_knows_which_colour_is_whose():
-    """A bag of words would be right in half the cases, and so would the diffusion model that reads it."""
-    encoder, texts, colours, features = data.load_text_encoder(data.TINY_TEXT_ENCODER, 64), [], [], []
-    for k in range(600):
-        rng = np.random.default_rng(k)
-        (first, second), (a, b) = rng.choice(8, 2, replace=False), rng.choice(6, 2)
-        name = lambda colour, shape: f"the {list(lab.world.COLOURS)[colour]} {lab.world.SHAPES[shape]}"
-        texts.append(f"{name(first, a)} {rng.choice(['above', 'and', 'left of'])} {name(second, b)}")
-        colours.append(first)
-    tokens, (h, _) = encoder.tokenize(texts), encoder(texts)
-    at = [tokens.char_to_token(i, pretrain_tiny.nouns_of(text)[0][0] - 1) for i, text in enumerate(texts)]
-    features = F.pad(h[range(600), at], (0, 1), value=1.0).double()
-    answer = F.one_hot(torch.tensor(colours)).double()
-    weights = torch.linalg.lstsq(features[:400], answer[:400]).solution
-    right = ((features[400:] @ weights).argmax(1) == answer[400:].argmax(1)).double().mean().item()
-    assert right > 0.95
-
-
 def test_a_swap_exchanges_the_word_and_nothing_else():
     (_, place), (_, add), (_, shape) = (swaps.SWAPS[name] for name in (
         "place: above, left", "add …: above, left", "remove …: which"))
@@ -3148,7 +3015,8 @@ def laboratory(tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", [*PAGES, "the toy"])
-def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(page, laboratory, tmp_path, capsys):
+def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
+        page, laboratory, tmp_path, capsys):
     script = {"schedule": schedule, "the toy": off_manifold}.get(page, claims)
     argv = [page, "--out", laboratory] if script is claims else ["--out", str(tmp_path / "measured.png")]
     before = {path: path.read_bytes() for path in (HERE / "notes/claims").iterdir() if path.is_file()}
@@ -3160,11 +3028,7 @@ def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(pag
     if script is claims:
         assert said.startswith("Not tested at this size: the best decoder gives ")
         assert all(f"| {name} |" in said for name in claims.CLAIMS[page])
-    try:
-        import matplotlib                                                                         # noqa: F401
-        assert re.search(r"^wrote .*\.png", said, re.M)
-    except ImportError:
-        assert "pip install matplotlib" in said
+    assert re.search(r"^wrote .*\.png|pip install matplotlib", said, re.M)
 
 
 def test_a_row_is_named_and_may_be_cut_to_some_of_its_variants(laboratory, refused, capsys):
@@ -3296,9 +3160,9 @@ def test_psnr_counts_the_pixels_that_it_is_told_to():
 
 def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "SAVE_EVERY", 0)
-    batches = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(0))
+    batches = randn(6, 8, 3).float()
 
-    def run(path, stop=None):
+    def fit(name, stop=None):
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 1)
 
@@ -3306,18 +3170,14 @@ def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypa
             if step == stop:
                 raise KeyboardInterrupt
             return model(batches[step]).square().mean()
-
-        snapshots = lab.fit(path, model, [{"params": list(model.parameters())}], 6, 0.1, loss_of,
-                            torch.device("cpu"), marks=(2, 6))["snapshots"]
-        return model.state_dict(), snapshots
-
-    whole, snapshots = run(tmp_path / "whole.pt")
+        kept = lab.fit(tmp_path / name, model, [{"params": list(model.parameters())}], 6, 0.1,
+                       loss_of, torch.device("cpu"), marks=(2, 6))
+        return dict(model.state_dict()), kept["snapshots"]
+    whole = fit("whole.pt")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped.pt", stop=3)
-    again, same_snapshots = run(tmp_path / "stopped.pt")
-    assert equal(whole, again) and not equal(snapshots[2], whole)
-    assert all(equal(snapshots[mark], same_snapshots[mark]) for mark in (2, 6))
-    assert equal(run(tmp_path / "stopped.pt", stop=0)[0], whole)            # finished: no step is made
+        fit("stopped.pt", stop=3)
+    assert equal(fit("stopped.pt"), whole) and not equal(whole[1][2], whole[0])
+    assert equal(fit("stopped.pt", stop=0)[0], whole[0])                # finished: no step is made
 
 
 def test_a_linear_read_out_is_ridge_regression_on_one_hot_answers():
@@ -3386,12 +3246,6 @@ def test_rectified_flow_walks_straight_to_z_0_and_shifts_times_by_the_number_of_
     assert lab.Flow.shifted(line, 16).equal(line)
 
 
-def test_the_mean_over_channels_is_the_sum_with_beta_divided_by_their_number():
-    mu, log_var = randn(2, 3, 3, 24), randn(2, 3, 3, 24, seed=1)
-    terms = -0.5 * (1 + log_var - mu ** 2 - log_var.exp())      # the guide's pseudo-code averages these
-    same(psvae.kl_divergence(mu, log_var) / 24, terms.mean().item())
-
-
 def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tmp_path):
     out = copy("psvae.pt", "dit.pt", "svae.csv", "psvae.csv", "dit.csv")
     assert ship.main(["--out", str(out), "--to", str(tmp_path / "ship")]) == 0
@@ -3406,26 +3260,24 @@ def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tm
 
 def test_emoji_become_captions_and_edits_that_change_one_thing():
     names = {("1f44b",): "waving hand", ("1f469", "1f680"): "woman astronaut",
-             ("1f468", "1f680"): "man astronaut",
-             ("1f469",): "woman", ("1f469", "1f9b0"): "woman: red hair", ("1f3c3",): "person running",
+             ("1f468", "1f680"): "man astronaut", ("1f469",): "woman",
+             ("1f469", "1f9b0"): "woman: red hair", ("1f3c3",): "person running",
              ("1f3c3", "2640"): "woman running"}
-    stems = ["1f44b", "1f44b-1f3fb", "1f44b-1f3ff", "1f469-200d-1f680", "1f468-200d-1f680", "1f469",
-             "1f469-200d-1f9b0", "1f3c3", "1f3c3-200d-2640-fe0f", "1f3c3-1f3fb", "1f4a9"]
-    rows = emoji.rows_of(stems, names)
-    captions = {row["file_name"]: row["text"] for row in rows if "source" not in row}
-    edits = {(row["source"], row["text"], row["file_name"]) for row in rows if "source" in row}
-    assert len(captions) == len(stems) - 1 and "1f4a9.webp" not in captions                 # it has no name
-    assert captions["1f44b-1f3ff.webp"] == "waving hand, dark skin tone"
-    assert edits == {
-        *((f"{a}.webp", f"change the skin tone to {tone}", f"{b}.webp") for a, tone, b in [
-            ("1f44b", "light", "1f44b-1f3fb"), ("1f44b", "dark", "1f44b-1f3ff"),
-            ("1f3c3", "light", "1f3c3-1f3fb"),
-            ("1f44b-1f3fb", "dark", "1f44b-1f3ff"), ("1f44b-1f3ff", "light", "1f44b-1f3fb")]),
-        ("1f468-200d-1f680.webp", "make it a woman", "1f469-200d-1f680.webp"),
-        ("1f469-200d-1f680.webp", "make it a man", "1f468-200d-1f680.webp"),
-        ("1f3c3.webp", "make it a woman", "1f3c3-200d-2640-fe0f.webp"),
-        ("1f3c3-200d-2640-fe0f.webp", "make it a person", "1f3c3.webp"),
-        ("1f469.webp", "make the hair red", "1f469-200d-1f9b0.webp")}
+    hand, man, woman, person = "1f44b", "1f468-200d-1f680", "1f469-200d-1f680", "1f3c3"
+    light, dark, red = f"{hand}-1f3fb", f"{hand}-1f3ff", "1f469-200d-1f9b0"
+    running, unnamed = f"{person}-200d-2640-fe0f", "1f4a9"
+    rows = emoji.rows_of([hand, light, dark, woman, man, "1f469", red, person, running, unnamed],
+                         names)
+    captions = {Path(row["file_name"]).stem: row["text"] for row in rows if "source" not in row}
+    assert len(captions) == 9 and unnamed not in captions
+    assert captions[dark] == "waving hand, dark skin tone"
+    tone = "change the skin tone to "
+    assert {(Path(row["source"]).stem, row["text"], Path(row["file_name"]).stem)
+            for row in rows if "source" in row} == {
+        (hand, tone + "light", light), (hand, tone + "dark", dark), (light, tone + "dark", dark),
+        (dark, tone + "light", light), (man, "make it a woman", woman),
+        (woman, "make it a man", man), (person, "make it a woman", running),
+        (running, "make it a person", person), ("1f469", "make the hair red", red)}
 
 
 def test_a_package_of_another_content_is_refused(tmp_path):
@@ -3520,27 +3372,6 @@ def test_every_rank_names_the_pictures_that_it_cannot_read(tmp_path, capsys):
     assert "cannot read 'a.png': OSError: cut" in capsys.readouterr().out
 
 
-def test_when_another_process_has_died_a_run_says_so_in_one_line(monkeypatch, refused):
-    def lost(_):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
-    with pytest.raises(RuntimeError):
-        data.program(lost)([])                                              # alone, it is a fault of ours
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    assert re.search("another process of this run has ended .*Connection closed",
-                     refused(data.program(lost)))
-
-
-@pytest.mark.parametrize("given", ["RANK=1", "RANK=abc WORLD_SIZE=2 LOCAL_RANK=0",
-                                   "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0",
-                                   "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0"])
-def test_half_an_environment_of_torchrun_is_named(given, monkeypatch, refused, tmp_path):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for pair in given.split():
-        monkeypatch.setenv(*pair.split("="))
-    assert given.split()[0] in refused(svae.main, "--out", tmp_path)
-
-
 @pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available"),
                                    OSError(38, "Function not implemented")])
 def test_a_file_system_without_locks_is_said_and_no_obstacle(error, tmp_path, monkeypatch, capsys):
@@ -3555,21 +3386,15 @@ def test_what_windows_lacks_is_not_needed(tmp_path, monkeypatch):
     """fsync refuses what was opened for reading, a rename what is open; there is no fcntl."""
     source = (HERE / "data.py").read_text()
     assert not re.search(r"import fcntl|posix_fallocate|os\.fork|SIGKILL|import resource", source)
-    fsync, replace = os.fsync, os.replace
-
-    def refuse_readers(number):
-        assert os.write(number, b"") == 0
-        fsync(number)
+    fsync, rename = os.fsync, os.replace
 
     def refuse_open(a, b):
-        opened = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
-        maps = Path("/proc/self/maps").read_text()
-        inside = lambda path: path.startswith(str(Path(a).absolute())) or path == str(a)
-        assert not any(map(inside, opened)) and str(Path(a).absolute()) not in maps
-        replace(a, b)
-    monkeypatch.setattr(os, "fsync", refuse_readers), monkeypatch.setattr(os, "replace", refuse_open)
-    with data.atomic(tmp_path / "a") as path:
-        path.write_text("x")
+        opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        opened += Path("/proc/self/maps").read_text().split()
+        assert not any(path.startswith(str(Path(a).absolute())) for path in opened)
+        rename(a, b)
+    monkeypatch.setattr(os, "fsync", lambda fd: (os.write(fd, b""), fsync(fd)))
+    monkeypatch.setattr(os, "replace", refuse_open)
     work = data.unfinished(tmp_path / "final", {"a": 1})
     data.save_array(work / "00000.npy", np.zeros(3))
     data.finish(work, tmp_path / "final", {})
@@ -3586,55 +3411,10 @@ def test_bf16_is_taken_only_where_the_card_has_it(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.count("no bf16") == 1
 
 
-def test_after_a_signal_the_last_words_are_what_was_saved_and_how_to_resume(copy, encoders, capsys, monkeypatch):
-    stop_at(monkeypatch, "svae", 3)
-    out = copy()
-    assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out)]) == 143
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert f"saved at step 3 of 7: {out}/svae.pt. The same command resumes there" in last
-
-
 def test_a_hint_can_be_pasted_whatever_the_folder_and_the_caption():
     line = data.command("sample.py", model="a b", prompt="$(rm x) `y`\x1b[31m")
     assert line == "python sample.py --model 'a b' --prompt '$(rm x) `y`\\x1b[31m'"
     assert data.command("dit.py", out="out") == "python dit.py"
-
-
-def test_an_older_transformers_is_refused_at_the_start(monkeypatch, refused):
-    monkeypatch.setattr(data.importlib.metadata, "version", lambda name: "4.57.1")
-    assert "transformers 4.57.1 is installed; needed is 5.17" in refused(svae.main, "--out", "nowhere")
-
-
-@pytest.mark.parametrize("stage", ["psvae", "dit"])
-def test_a_disk_that_fills_up_under_latents_or_texts_says_so_and_keeps_what_is_whole(
-        stage, copy, refused, encoders, monkeypatch):
-    out, written, save = copy("psvae.pt", "latents") if stage == "dit" else copy("psvae.pt"), [], np.save
-    flags = ["--out", out, *([] if stage == "psvae" else [*DIT, "--text-encoder", encoders[1]])]
-
-    def full(file, array):
-        written.append(1)
-        if len(written) == 5:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        save(file, array)
-    monkeypatch.setattr(data, "SHARD", 16 if stage == "psvae" else data.SHARD)
-    monkeypatch.setattr(data, "BLOCK", 40)
-    monkeypatch.setattr(np, "save", full)
-    line = refused(globals()[stage].main, *flags)
-    assert "could not be written" in line and "No space left" in line and "Make room" in line
-    work = out / ("latents.partial" if stage == "psvae" else "text.partial")
-    assert len(list(work.glob("*.npy"))) == 4
-    assert globals()[stage].main([str(word) for word in flags]) == 0 and not list(out.glob("*.partial"))
-
-
-@pytest.mark.parametrize("stage", ["psvae", "dit"])
-def test_a_disk_without_room_for_latents_or_texts_says_so_before_the_first_of_them(
-        stage, copy, refused, encoders, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    out = copy("psvae.pt") if stage == "psvae" else copy("latents")
-    flags = [] if stage == "psvae" else [*DIT, "--text-encoder", encoders[1]]
-    line = refused(globals()[stage].main, *flags, "--out", out)
-    assert re.search(r"need .* KB, .* has 1 KB free", line) and not list(out.glob("*.partial/*.npy"))
 
 
 def test_a_folder_takes_the_place_of_another_whole(tmp_path):
@@ -3643,7 +3423,7 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path):
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["path", "path/b", "path/meta.json"]
 
 
-def test_damaged_notes_of_our_own_are_made_again(copy, trained, encoders, refused):
+def test_damaged_notes_of_our_own_are_made_again(copy, trained, encoders):
     out = copy("psvae.pt", "latents", "text")
     (out / "latents.partial").mkdir()
     for name in ("latents/meta.json", "latents.partial/mark.json"):
@@ -3652,9 +3432,6 @@ def test_damaged_notes_of_our_own_are_made_again(copy, trained, encoders, refuse
     (out / "text/meta.json").write_text("[" * 50_000)
     assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
     assert equal(state(out / "dit.pt")["model"], state(trained / "dit.pt")["model"])
-    np.save(out / "text/00000.lengths.npy", np.zeros(3, int))           # would train without any text
-    line = refused(dit.main, "--out", out, "--steps", 9)
-    assert "text is damaged" in line and "Remove it" in line
 
 
 def test_a_world_that_is_there_is_not_drawn_again_and_that_is_said(copy, capsys):
@@ -3731,24 +3508,23 @@ def test_a_tar_that_was_cut_short_gives_what_stands_before_the_cut(tmp_path, ref
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "prompts"])
 def test_edit_sets_become_edits_and_nothing_outside_is_read(kind, tmp_path):
-    src = tmp_path / "in"
-    picture(src / "7/1_0.jpg"), picture(src / "7/1_1.jpg"), picture(tmp_path / "secret.jpg")
+    src, secret = tmp_path / "in", picture(tmp_path / "secret.jpg")
+    picture(src / "7/1_0.jpg"), picture(src / "7/1_1.jpg")
+    rows = [("7/1_0.jpg", "make it green", "7/1_1.jpg"), ("../secret.jpg", "x", "7/1_1.jpg"),
+            ("7/1_0.jpg", "x", str(secret)), ("7/1_0.jpg", "x", "7/gone.jpg")]
+    columns = ("original_image", "edit_prompt", "edited_image")
     if kind == "prompts":
         (src / "7/prompt.json").write_text('{"edit": "make it green"}')
-        (src / "7/2_0.jpg").symlink_to(tmp_path / "secret.jpg"), picture(src / "7/2_1.jpg")
+        (src / "7/2_0.jpg").symlink_to(secret), picture(src / "7/2_1.jpg")
+    elif kind == "csv":
+        (src / "rows.csv").write_text("\n".join(map(",".join, [columns, *rows])))
     else:
-        names = {"original_image": "7/1_0.jpg", "edit_prompt": "make it green", "edited_image": "7/1_1.jpg"}
-        bad = [names | {"original_image": "../secret.jpg"},
-               names | {"edited_image": str(tmp_path / "secret.jpg")}, names | {"edited_image": "7/gone.jpg"}]
-        with open(src / f"rows.{kind}", "w", newline="") as lines:
-            writer = csv.DictWriter(lines, names)
-            writer.writeheader() if kind == "csv" else None
-            for row in [names, *bad]:
-                writer.writerow(row) if kind == "csv" else lines.write(json.dumps(row) + "\n")
+        lines = [json.dumps(dict(zip(columns, row))) for row in rows]
+        (src / "rows.jsonl").write_text("\n".join(lines))
     rows = converted(src, tmp_path / "out", "--max-broken", "1")
     assert [row["text"] for row in rows] == ["make it green"]
-    before, after = ((tmp_path / "out" / rows[0][key]).read_bytes() for key in ("source", "file_name"))
-    assert before == (src / "7/1_0.jpg").read_bytes() and after == (src / "7/1_1.jpg").read_bytes()
+    for key, name in (("source", "7/1_0.jpg"), ("file_name", "7/1_1.jpg")):
+        assert (tmp_path / "out" / rows[0][key]).read_bytes() == (src / name).read_bytes()
 
 
 def test_parquet_is_refused_with_the_way_out(tmp_path, refused):
@@ -3761,28 +3537,23 @@ def test_parquet_is_refused_with_the_way_out(tmp_path, refused):
 
 
 @pytest.mark.parametrize("stage", ["psvae", "dit"])
-def test_losses_and_gradients_of_micro_batches_equal_those_of_one_batch_to_rounding(stage, copy, encoders,
-                                                                                 monkeypatch):
-    gradients, rows, step, record = [], [], torch.optim.AdamW.step, data.Run.record
-
-    def watched(optimizer, *args):
-        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups
-                                    for p in group["params"] if p.grad is not None]).double())
-        return step(optimizer, *args)
+def test_losses_and_gradients_of_micro_batches_equal_those_of_one_batch_to_rounding(
+        stage, copy, encoders, monkeypatch, gradients):
+    rows, record = [], data.Run.record
 
     def recorded(run, losses):
         rows.append({name: value.item() for name, value in losses.items()})
         record(run, losses)
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     monkeypatch.setattr(data.Run, "record", recorded)
     monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
     for parts in ("1", "2", "8"):
         out = copy(*NEEDS[stage])
         argv = [*stage_flags(stage, encoders), "--steps", "1", "--log-every", "1", "--clip", "1e9"]
-        assert globals()[stage].main([*argv, "--micro-batches", parts, "--out", str(out)]) == 0
-    assert gradients[0].norm() > 0.01
+        assert PROGRAMS[stage].main([*argv, "--micro-batches", parts, "--out", str(out)]) == 0
+    norm = gradients[0].norm()
+    assert norm > 0.01
     for gradient, row in zip(gradients[1:], rows[1:]):
-        difference, norm = gradient - gradients[0], gradients[0].norm()
+        difference = gradient - gradients[0]
         assert difference.abs().max() < 2e-6 * max(1, norm) and difference.norm() < 3e-6 * norm
         assert row == pytest.approx(rows[0], rel=1e-6)
 
@@ -3799,7 +3570,8 @@ def test_nothing_in_a_step_waits_for_the_device(stage, copy, encoders, monkeypat
     monkeypatch.setattr(data, "batches", lambda *args: list(batches(*args)))    # the loader is on the host
     monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
     argv = [*stage_flags(stage, encoders), "--log-every", "99", "--eval-every", "99"]
-    assert globals()[stage].main([*argv, "--save-every", "99", "--out", str(copy(*NEEDS[stage]))]) == 0
+    argv += ["--save-every", "99", "--out", str(copy(*NEEDS[stage]))]
+    assert PROGRAMS[stage].main(argv) == 0
     assert len(steps) == 7 and not asked
 
 
@@ -3846,24 +3618,13 @@ def test_every_kind_of_t5_encoder_loads_whole(kind, tmp_path, encoders):
     ("text", "large", 341.2), ("text", "xl", 1223.5), ("text", "xxl", 4762.3)])
 def test_encoders_are_built_in_the_hubs_sizes(kind, size, million, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda network, _: built.append(
-        sum(p.numel() for p in network.parameters())))
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained",
+                        lambda network, _: built.append(sum(p.numel() for p in network.parameters())))
     monkeypatch.setattr(pretrain_tiny, "build_tokenizer",
                         lambda *_: SimpleNamespace(save_pretrained=lambda _: None))
     with torch.device("meta"):
         getattr(bench, f"build_{kind}_encoder")(tmp_path, size)
     assert built[0] / 1e6 == pytest.approx(million, rel=1e-3)
-
-
-def test_a_trained_encoder_of_another_transformers_version_is_refused_naming_both(copy, refused):
-    out = copy("psvae.pt")
-    checkpoint = state(out / "psvae.pt")
-    renamed = {name.replace("q_proj", "query"): value for name, value in checkpoint["model"].items()}
-    assert renamed.keys() != checkpoint["model"].keys()                 # as transformers 4 calls them
-    versions = checkpoint["versions"] | {"transformers": "4.57.1"}
-    torch.save(checkpoint | {"model": renamed, "versions": versions}, out / "psvae.pt")
-    line = refused(psvae.main, "--encode-only", "--out", out)
-    assert "made with transformers 4.57.1, here is " in line and "weights do not fit" in line
 
 
 def test_the_full_preset_runs_from_a_folder_to_a_picture_with_encoders_of_its_kind(tmp_path, capsys):

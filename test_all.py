@@ -1860,7 +1860,8 @@ REFUSED = {
                                     "sample --out {out}/x.gif.exe", "x.gif.exe"),
     "an --out inside a file": (MODEL, nothing, "sample --out {out}/dit.pt/x.png", "dit.pt"),
     "no room for latents": ("psvae.pt", no_room, "psvae", "need .* KB, .* has 0 B free"),
-    "no room for texts": ("dit.pt latents", no_room, "dit --steps 9", "need .* KB, .* has 0 B free"),
+    "no room for texts": ("dit.pt latents", no_room, "dit --steps 9",
+                          "need .* KB, .* has 0 B free"),
     "a disk that is full under the log": (
         "svae.pt svae.csv", raises(csv.DictWriter, "writerow", OSError(28, "No space left")),
         "svae --steps 9", "No space left"),

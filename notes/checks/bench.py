@@ -442,8 +442,8 @@ def ddim(args, device):
         calls = {name: functools.partial(ours if name.startswith("ours") else theirs, call)
                  for name, (_, call) in found.items()}
         compare(f"ddim, DiT {args.size or args.preset}, {grid * grid} tokens, "
-                f"{args.sample_steps} guided steps, batch {B}", interleaved(calls, args.runs, device), B,
-                "latents/s")
+                f"{args.sample_steps} guided steps, batch {B}",
+                interleaved(calls, args.runs, device), B, "latents/s")
 
 
 # --- The command line -----------------------------------------------------------------------------

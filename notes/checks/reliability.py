@@ -380,8 +380,8 @@ def files(micro: Micro, times: int, rng, report, stages):
 # --- Random command lines -------------------------------------------------------------------------
 
 TEXTS = ["", " ", "x", "-", "--", "nowhere", "/dev/null", ".", "a\nb", "é", "\udcff", "0x10",
-         "1e3", "1_0", " 7 ", "None", "[]", "%s", "tiny", "full", "cpu", "mu", "S", "x" * 3000, "8,8,8,8",
-         "8,", "-4,8,8,8", "notes/tiny/text_encoder"]
+         "1e3", "1_0", " 7 ", "None", "[]", "%s", "tiny", "full", "cpu", "mu", "S", "x" * 3000,
+         "8,8,8,8", "8,", "-4,8,8,8", "notes/tiny/text_encoder"]
 NUMBERS = ["0", "1", "2", "-1", "-0", "0.5", "1.5", "nan", "inf", "1e-300", "1e99", "9" * 30,
            str(2**63)]
 # What is valid and only large (--batch 1000000, --depth 1000) would be slow, not wrong.

@@ -263,7 +263,8 @@ z_prev | z_t−1 | z_prev                       ; v_pred | v_θ | v
 signal | √α¯_t | signal                       ; z_t_mean | √α¯_tz_0 | mean
 deviation | √1−α¯_t | deviation               ; target | ε | target
 prediction | ε_θ | prediction                 ; linear | Linear | linear
-pe | PE | position                            ; e_frozen | E_φ^frozen E_φ_0^frozen | encoder frozen_encoder
+pe | PE | position
+e_frozen | E_φ^frozen E_φ_0^frozen | encoder frozen_encoder
 e_train | E_φ^train | encoder                 ; text_encoder | TextEncoder | encoder
 prompt | prompt | prompts                     ; alpha_bar | α¯_t | alpha_bar ab ab_t
 ab_prev | α¯_t−1 | ab_prev                    ; alpha_t | α_t α_s | alpha
@@ -284,7 +285,7 @@ l_semantic | L_semantic | semantic            ; l_pixel | L_pixel | pixel
 l_perceptual | L_perceptual | perceptual      ; l_kl | L_KL | kl
 alpha_w | α | alpha                           ; lambda_w | λ | lpips_weight
 l1 | L1 | l1                                  ; lpips | LPIPS | lpips
-""".strip()):                                           # one word alone: it reads the same everywhere
+""".strip()):                               # one word alone: it reads the same everywhere
     key, *reading = (part.strip() for part in line.split("|"))
     SYMBOLS[key] = tuple(part.split() for part in reading or (key, key))
 
@@ -356,7 +357,7 @@ escape = functools.partial(html.escape, quote=False)
 
 
 def names_in(file: Source, first: int, last: int) -> set[str]:
-    return {text for tokens in file.tokens[first - 1:last] for kind, text in tokens if kind in Name}
+    return {text for line in file.tokens[first - 1:last] for kind, text in line if kind in Name}
 
 
 def code_line(file: Source, number: int, indent: int, ties: set[str], classes: str = "",
@@ -405,32 +406,31 @@ def units(row: Row) -> list[dict]:
     shown = []
     for where in row.where:
         file, name, node = locate(where)
-        first, last = file.span(node)
-        marks = file.marks(node, row.key)
+        (first, last), marks = file.span(node), file.marks(node, row.key)
         if last - first >= LONG and marks:
             first, last = file.block_around(node, marks[0][1])
-        shown.append(dict(file=file, name=name, node=node, first=first, last=last, marks=marks,
+        shown.append(dict(file=file, name=name, first=first, last=last, marks=marks,
                           text=ast.get_source_segment(file.text, node)))
-    if row.key.isdigit() and row.key not in UNMARKED and not any(unit["marks"] for unit in shown):
+    if row.key.isdigit() and row.key not in UNMARKED and not any(one["marks"] for one in shown):
         raise Stale(f"no `# Eq. {row.key}:` in {', '.join(row.where)}, where {EQUATIONS.name} says "
                     f"it stands")
     return shown
 
 
 def right_side(row: Row, shown: list[dict], ties: set[str]) -> str:
-    out = []
+    out = ""
     for i, unit in enumerate(shown):
-        file, name = unit["file"], unit["name"]
-        line = unit["marks"][0][1] if unit["marks"] else unit["first"]
-        head = f'<code>{escape(name)}</code> {link(file, line)}'
-        if i and unit["text"] == shown[0]["text"]:
-            out.append(f'<p class="at also">the same, word for word: <code>{escape(name)}</code> '
-                       f'{link(file, line)}</p>')
-            continue
-        block = code(file, unit["first"], unit["last"], unit["marks"], ties, head)
-        out.append(f'<details><summary>also <code>{escape(name)}</code> in {file.name}</summary>'
-                   f'{block}</details>' if i else block)
-    return "".join(out)
+        file, marks = unit["file"], unit["marks"]
+        name = f'<code>{escape(unit["name"])}</code>'
+        at = link(file, marks[0][1] if marks else unit["first"])
+        block = code(file, unit["first"], unit["last"], marks, ties, f"{name} {at}")
+        if not i:
+            out += block
+        elif unit["text"] == shown[0]["text"]:
+            out += f'<p class="at also">the same, word for word: {name} {at}</p>'
+        else:
+            out += f'<details><summary>also {name} in {file.name}</summary>{block}</details>'
+    return out
 
 
 def guarded(row: Row) -> str:
@@ -438,19 +438,17 @@ def guarded(row: Row) -> str:
     if not row.test:
         return ""
     file = source("test_all.py")
-    own, shared = row.test, row.test.removeprefix("test")           # test_eq_12_eq_13_… is of both
+    own, shared = row.test, row.test.removeprefix("test")       # test_eq_12_eq_13_… is of both
     tests = [node for node in file.tree.body if isinstance(node, ast.FunctionDef)
              and (node.name.startswith(own) or shared in node.name)]
     tests.sort(key=lambda node: not node.name.startswith(own))
     if not tests:
         raise Stale(f"test_all.py has no {row.test}*")
-    test = tests[0]
-    docstring = ast.get_docstring(test)
-    line = docstring.splitlines()[0] if docstring else file.lines[test.body[0].lineno - 1].strip()
-    claim = test.name.removeprefix("test_")
-    claim = re.sub(r"^(eq_\d+_)+(to_\d+_)?", "", claim).replace("_", " ")
-    more = ", ".join(link(file, other.lineno, str(other.lineno)) for other in tests[1:])
-    more = f" <small>and line{'s' * (len(tests) > 2)} {more}</small>" if more else ""
+    test, *others = tests
+    line = (ast.get_docstring(test) or file.lines[test.body[0].lineno - 1].strip()).splitlines()[0]
+    claim = re.sub(r"^test_(eq_\d+_)*(to_\d+_)?", "", test.name).replace("_", " ")
+    more = ", ".join(link(file, other.lineno, str(other.lineno)) for other in others)
+    more = f" <small>and line{'s' * (len(others) > 1)} {more}</small>" if more else ""
     return (f'<p class="test"><span class="tag">test</span> '
             f'{link(file, test.lineno, escape(claim))}{more}'
             f'<br><code class="first">{escape(line)}</code></p>')
@@ -568,10 +566,8 @@ def loop(item: Loop) -> str:
 
 def entry(item) -> str:
     """An item's line in the table of contents."""
-    if isinstance(item, Loop):
-        sign, name = "↻", item.title
-    else:
-        sign, name = item.key if item.key.isdigit() else "·", item.name
+    sign, name = (("↻", item.title) if isinstance(item, Loop) else
+                  (item.key if item.key.isdigit() else "·", item.name))
     return (f'<li><a href="#{item.anchor}"><b>{sign}</b> <span>{lowered(escape(name))}</span></a>'
             f'</li>')
 
@@ -597,30 +593,10 @@ def text_part() -> tuple[str, str]:
     questions = "".join(f'<li><a href="#{anchor}">{prose(question)}</a></li>'
                         for question, anchor in read_questions())
     stages = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    before = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
-<title>PS-VAE: every equation, and the line that computes it</title>
-<style>
-{style}</style></head><body>
-<nav aria-label="sections"><a href="#top">PS-VAE</a>{stages}</nav>
-<main id="top"><header class="top"><div><h1>Every equation, and the line that computes it</h1>
-<p>On the left stand the 34 equations of the PS-VAE guide, in its order. On the right stands the
-function of this repository that computes each, read from the files when the page was built; the
-line itself is marked. Point at a symbol to see it on the other side. Under each formula is the test
-that guards it, and <a href="../README.md">the notebook</a> says what was measured. Where the code
-leaves the guide, a comment begins with <em class="deviation">DEVIATION</em>.</p></div>
-{opening()}</header>
-<nav class="contents" aria-label="equations">{contents}</nav>
-{body}<section id="questions"><header><h2>Ten questions</h2>
-<p>A student's; each is answered at the equation behind it.</p></header>
-<ol class="questions">{questions}</ol></section>
-<footer><p>Made by <code>python notes/reading/build.py</code> from
-<a href="../equations.md">notes/equations.md</a>, the source files and the small model in
-notes/tiny. <span data-say="model"></span></p></footer></main>
-"""
+    frame, style, script = ((HERE / f"page.{end}").read_text(encoding="utf-8")
+                            for end in ("html", "css", "js"))
+    before = frame.format(style=style, stages=stages, opening=opening(), contents=contents,
+                          body=body, questions=questions)
     return before, f"<script>\n{script}</script>\n</body></html>\n"
 
 
@@ -856,7 +832,7 @@ def edit_figure() -> str:
 
 def strip_of(rows: list) -> str:
     """rows[r][k], uint8 (H, W, 3), as one lossless WebP in a data URI."""
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    sheet = np.vstack([np.hstack(list(row)) for row in rows])
     out = io.BytesIO()
     Image.fromarray(sheet).save(out, "WEBP", lossless=True, quality=60, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
@@ -871,8 +847,11 @@ class Studio:
     def __init__(self):
         self.pipe = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
         self.guidance = sample.PRESETS.get(self.pipe.config["preset"], {}).get("guidance", 7.5)
-        self.scenes = [world.scene(i, "val") for i in range(64)]
-        self.pixels = self.drawn(self.scenes)
+        scenes = [world.scene(i, "val") for i in range(64)]
+        self.caption = world.caption(scenes[0], world.generator("caption", 0, "page", 0))
+        edits = {edit[3]: edit for edit in (world.edit(i, "val") for i in reversed(range(100)))}
+        self.edits = [edits[kind] for kind in world.KINDS]          # the first of each kind
+        self.pixels = self.drawn(scenes)
         self.x = self.tensor(self.pixels)
         self.mu, self.log_var = self.pipe.psvae.encode(self.x)
         g = data.generator(0, "page", 0, "eps")
@@ -932,12 +911,8 @@ class Studio:
                     f'd="M{points}"/></symbol>')
         return f'<svg width="0" height="0" aria-hidden="true">{out}</svg>\n'
 
-    def caption(self) -> str:
-        rng = world.generator("caption", 0, "page", 0)
-        return world.caption(self.scenes[0], rng)
-
     def guess(self):
-        c, mask = self.pipe.text_encoder([self.caption(), ""])
+        c, mask = self.pipe.text_encoder([self.caption, ""])
         T, z_t, guesses = self.pipe.config["T"], [], []
         for t in (t * T // 1000 for t in TIMES):
             z_t.append(self.noised(t, self.pipe.alpha_bar))
@@ -969,20 +944,9 @@ class Studio:
         drawn = [self.pipe(list(PROMPTS), seeds, steps=25, guidance=s, eta=1.0) for s in SCALES]
         return list(zip(*drawn)), [str(s) for s in SCALES]
 
-    def edits(self) -> list:
-        """The first edit of each kind: (source Scene, instruction, target Scene, kind)."""
-        kinds, edits = world.KINDS, (world.edit(i, "val") for i in range(1000))
-        first = {}
-        for edit in edits:
-            first.setdefault(edit[3], edit)
-            if len(first) == len(kinds):
-                break
-        return [first[kind] for kind in kinds]
-
     def edit(self):
-        edits = self.edits()
-        sources = self.drawn([before for before, *_ in edits])
-        rows, words = self.steps([text for _, text, *_ in edits], 1.0, sources)
+        sources = self.drawn([before for before, *_ in self.edits])
+        rows, words = self.steps([text for _, text, *_ in self.edits], 1.0, sources)
         return [[before, *row] for before, row in zip(sources, rows)], words
 
 
@@ -994,8 +958,8 @@ def pictures_part() -> str:
                    "noise": studio.noise(), "guess": studio.guess(), "film": studio.film(),
                    "guidance": studio.scales(), "edit": studio.edit()}
     facts = {name: words for name, (_, words) in figures.items()}
-    facts |= {f"edit-{i}": text for i, (_, text, *_) in enumerate(studio.edits())}
-    facts |= {"guess-said": studio.caption(), "model": f"Pictures: {studio.pipe.step:,} steps of "
+    facts |= {f"edit-{i}": text for i, (_, text, *_) in enumerate(studio.edits)}
+    facts |= {"guess-said": studio.caption, "model": f"Pictures: {studio.pipe.step:,} steps of "
                                                        f"stage 3, {studio.pipe.size} px."}
     css = "".join(f".p-{name}{{--n:{len(rows[0])};--m:{len(rows)};"
                   f"background-image:url({strip_of(rows)})}}\n"

@@ -740,7 +740,8 @@ def kl_figure() -> str:
     return (f'<figure id="fig-kl">{drawn}{sliders}<p class="sum" aria-live="polite">'
             f'KL = −½ (1 + log σ² − μ² − σ²) = <output id="kl-value">0.818 nats</output></p>'
             f'<figcaption>One channel: p(z) = N(0, 1) in grey, q(z | x) = N(μ, σ²) in colour. It '
-            f'is 0 at μ = 0, σ = 1 alone; a small σ costs as much as a far μ.</figcaption></figure>')
+            f'is 0 at μ = 0, σ = 1 alone; a small σ costs as much as a far μ.</figcaption>'
+            f'</figure>')
 
 
 def gradients() -> dict[str, dict[str, bool]]:
@@ -814,7 +815,8 @@ def noise_figure() -> str:
     choice = radios("schedule", "schedule", [(name, name.replace("_", " ")) for name in SCHEDULES])
     return moving("noise", "t", len(TIMES), 6, tiles,
                   "How much of z_0 is left at t, what z_t looks like (three principal components "
-                  "of each cell), and what the pixel decoder makes of it: it was never taught noise.",
+                  "of each cell), and what the pixel decoder makes of it: it was never taught "
+                  "noise.",
                   choice + drawn)
 
 

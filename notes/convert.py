@@ -5,23 +5,25 @@
     SRC holds                                    what becomes a row
     *.tar (img2dataset, WebDataset)              key.jpg with key.txt, or with "caption" in key.json
     the same with key.src_img.jpg and so on      an edit, columns as below
-    */prompt.json beside <seed>_0.jpg, _1.jpg    an edit: InstructPix2Pix's own download (its seeds.json is
-                                                 not needed)
+    */prompt.json beside <seed>_0.jpg, _1.jpg    an edit: InstructPix2Pix's own download (its
+                                                 seeds.json is not needed)
     *.jsonl or *.csv with paths of pictures      an edit: original_image, edit_prompt, edited_image
-                                                 (InstructPix2Pix) or src_img, edited_prompt_list, edited_img
-                                                 (OmniEdit; each wording is a row); else image or file_name,
-                                                 and caption or text
+                                                 (InstructPix2Pix) or src_img, edited_prompt_list,
+                                                 edited_img (OmniEdit; each wording is a row); else
+                                                 image or file_name, and caption or text
 
-What the hub has as parquet (OmniEdit) is not read: save its pictures and a rows.jsonl with the columns above
-by the library `datasets`.
+What the hub has as parquet (OmniEdit) is not read: save its pictures and a rows.jsonl with the
+columns above by the library `datasets`.
 
-A tar that was cut short gives what stands before the cut. Whatever is left out is counted and named; more
-than --max-broken of it is an error. Nothing outside SRC is read, no name out of a tar is used as a path, and
-DIR is whole or not there. Pictures are not opened here (data.py tells which are broken); those of a folder
-are linked where the file system can (hard links: they take no room), else copied.
+A tar that was cut short gives what stands before the cut. Whatever is left out is counted and
+named; more than --max-broken of it is an error. Nothing outside SRC is read, no name out of a tar
+is used as a path, and DIR is whole or not there. Pictures are not opened here (data.py tells which
+are broken); those of a folder are linked where the file system can (hard links: they take no room),
+else copied.
 """
 
 import csv
+import itertools
 import json
 import lzma
 import os
@@ -36,11 +38,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-import data                                            # noqa: E402
+import data  # noqa: E402
 
-EDITS = (("original_image", "edit_prompt", "edited_image"), ("src_img", "edited_prompt_list", "edited_img"))
+EDITS = (("original_image", "edit_prompt", "edited_image"),
+         ("src_img", "edited_prompt_list", "edited_img"))
+CAPTIONS = tuple((image, text) for image in ("image", "file_name") for text in ("caption", "text"))
 LARGEST = 2**28                 # bytes of a tar's member that are read
-CAPTIONS = (("image", "caption"), ("image", "text"), ("file_name", "caption"), ("file_name", "text"))
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,19 @@ class Config:
         if not Path(self.src).is_dir() or not self.src:
             raise data.UserError(f"--src {self.src}: no such folder.")
         if not self.out or os.path.lexists(self.out):
-            raise data.UserError(f"--out {self.out}: give the name of a folder that is not there yet.")
+            raise data.UserError(f"--out {self.out}: give the name of a folder that is not there "
+                                 f"yet.")
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples: (name, columns); a picture is (suffix, bytes of a tar's member or path of a file)
-# ------------------------------------------------------------------------------------------------------------
-
+# --- Samples: (name, columns); a picture is (suffix, bytes of a tar's member or path of a file) -
 
 def from_tar(path: Path, skipped: list[str]):
-    """Neighbours of one key are a sample: 0001.jpg, 0001.txt, 0001.json; 0001.src_img.jpg has its column."""
+    """Neighbours of one key are a sample: 0001.jpg, 0001.txt, 0001.json; 0001.src_img.jpg has its
+    column."""
     key, columns = None, {}
     try:
         with open(path, "rb") as file:
@@ -87,13 +89,14 @@ def from_tar(path: Path, skipped: list[str]):
                         yield f"{path.name}: {key[1]!r}", columns
                     key, columns = (folder, stem), {}
                 if member.size > LARGEST:
-                    skipped.append(f"{path.name}: {member.name!r} is too large: {data.human(member.size)}")
+                    skipped.append(f"{path.name}: {member.name!r} is too large: "
+                                   f"{data.human(member.size)}")
                 elif not keep(columns, suffix.lower(), tar.extractfile(member).read()):
                     skipped.append(f"{path.name}: {member.name!r} cannot be read as JSON")
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         after = repr(key[1]) if key else "nothing"
         skipped.append(f"{path.name} is cut short or damaged after {after} ({error})")
-        return                                        # what came before is kept, the sample at the cut is not
+        return                              # what came before is kept, the sample at the cut is not
     if cut:
         skipped.append(f"{path.name} is cut short after {repr(key[1]) if key else 'nothing'}")
     if columns:
@@ -118,7 +121,8 @@ def keep(columns: dict, suffix: str, content: bytes) -> bool:
 
 
 def from_prompts(src: Path, skipped: list[str]):
-    """InstructPix2Pix's own tree: <name>/prompt.json {"edit"}, <name>/<seed>_0.jpg -> <seed>_1.jpg."""
+    """InstructPix2Pix's own tree: <name>/prompt.json {"edit"}, <name>/<seed>_0.jpg ->
+    <seed>_1.jpg."""
     for prompt in sorted(src.glob("*/prompt.json")):
         fields = data.read_json(prompt) if is_inside(prompt, src) else {}
         for before in sorted(prompt.parent.glob("*_0.jpg")):
@@ -130,13 +134,12 @@ def from_prompts(src: Path, skipped: list[str]):
 def from_table(path: Path, skipped: list[str]):
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(lines, strict=True) if path.suffix == ".csv" else filter(str.strip, lines)
-        number = 0
-        while True:
-            number += 1
+        is_csv = path.suffix == ".csv"
+        rows = csv.DictReader(lines, strict=True) if is_csv else filter(str.strip, lines)
+        for number in itertools.count(1):
             try:
                 line = next(rows)
-                columns = line if path.suffix == ".csv" else json.loads(line)
+                columns = line if is_csv else json.loads(line)
                 if not isinstance(columns, dict):
                     raise ValueError("no row")
             except StopIteration:
@@ -147,10 +150,7 @@ def from_table(path: Path, skipped: list[str]):
             yield f"{path.name} row {number}", columns
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows
-# ------------------------------------------------------------------------------------------------------------
-
+# --- Rows -----------------------------------------------------------------------------------------
 
 def rows_of(columns: dict) -> list[tuple]:
     """(picture, text, source or None) of a sample. Raises ValueError where something is missing."""
@@ -213,12 +213,13 @@ class Writer:
 
 
 def samples(src: Path, skipped: list[str]):
-    tars, tables = sorted(src.rglob("*.tar")), [*sorted(src.glob("*.jsonl")), *sorted(src.glob("*.csv"))]
+    tars = sorted(src.rglob("*.tar"))
+    tables = [*sorted(src.glob("*.jsonl")), *sorted(src.glob("*.csv"))]
     if not tars and not tables and next(src.glob("*/prompt.json"), None) is None:
         parquet = next(src.rglob("*.parquet"), None)
         raise data.UserError(f"--src {src} has no .tar, .jsonl, .csv or */prompt.json"
-                             + (f", but {parquet.name}: parquet has to be exported first "
-                                f"(`python notes/convert.py --help` says how)." if parquet else "."))
+                             + (f", but {parquet.name}: parquet has to be exported first (`python "
+                                f"notes/convert.py --help` says how)." if parquet else "."))
     for path in (*tars, *tables):
         if not path.is_file() or not is_inside(path, src):
             skipped.append(f"{path.name}: no file, or a link that leaves the folder")

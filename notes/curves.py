@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data                                                                              # noqa: E402
+import data  # noqa: E402
 
 SKIPPED = ("step", "seconds", "learning_rate")
 
@@ -40,33 +40,42 @@ def panels(names) -> dict[str, list[str]]:
     return dict(together)
 
 
-def draw(files: list[Path], to: Path):
+def pyplot():
+    """matplotlib, which no requirements.txt asks for."""
     try:
         import matplotlib
     except ImportError:
         raise data.UserError("matplotlib is missing: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def save(figure, to: Path):
+    with data.atomic(to) as partial:
+        figure.savefig(partial, dpi=100, format="png")
+    pyplot().close(figure)
+    print(f"wrote {to}")
+
+
+def draw(files: list[Path], to: Path):
     rows = {path.stem: columns(path) for path in files}
     width = max(len(panels(found)) for found in rows.values())
-    figure, axes = plt.subplots(len(rows), width, figsize=(3.2 * width, 2.6 * len(rows)), squeeze=False,
-                                layout="constrained")
+    figure, axes = pyplot().subplots(len(rows), width, figsize=(3.2 * width, 2.6 * len(rows)),
+                                     squeeze=False, layout="constrained")
     for line, (stage, found) in zip(axes, rows.items()):
         for axis, (title, names) in zip(line, panels(found).items()):
             for name in names:
-                held_out = name.startswith("held_out_")
-                axis.plot(*zip(*found[name]), "o-" if held_out else "-", ms=3, color="C1" if held_out else "C0",
-                          lw=1.5 if held_out else 0.7, label="held out" if held_out else "training")
+                style, lw, label = (("C1o-", 1.5, "held out") if name.startswith("held_out_")
+                                    else ("C0-", 0.7, "training"))
+                axis.plot(*zip(*found[name]), style, ms=3, lw=lw, label=label)
             if all(value > 0 for name in names for _, value in found[name]) and title != "psnr":
                 axis.set_yscale("log")
             axis.set_title(f"{stage}: {title}", fontsize=9)
             axis.legend(fontsize=7)
         for axis in line[len(panels(found)):]:
             axis.axis("off")
-    with data.atomic(to) as partial:
-        figure.savefig(partial, dpi=100, format="png")
-    plt.close(figure)
-    print(f"wrote {to}")
+    save(figure, to)
 
 
 @data.program
@@ -75,7 +84,8 @@ def main(argv: list[str] | None = None):
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--out")
     cfg = Config(**data.read_flags(Config, argv, __doc__))
-    files = [path for stage in ("svae", "psvae", "dit") if (path := Path(cfg.out) / f"{stage}.csv").exists()]
+    files = [Path(cfg.out) / f"{stage}.csv" for stage in ("svae", "psvae", "dit")]
+    files = [path for path in files if path.exists()]
     if not files:
         raise data.UserError(f"no svae.csv, psvae.csv or dit.csv in {cfg.out}.")
     draw(files, Path(cfg.to) if cfg.to else Path(cfg.out) / "curves.png")

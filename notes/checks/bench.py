@@ -1,25 +1,28 @@
-"""Speed and memory of every part, a line each, beside its peer in the same run where one is installed.
+"""Speed and memory of every part, a line each, beside its peer in the same run where one is
+installed.
 
-    python notes/checks/bench.py                      what fits the machine: full preset on CUDA, tiny on a CPU
-    python notes/checks/bench.py --only dit --size XL --batch 64 --memory-cap 24     does it fit into 24 GB?
-    python notes/checks/bench.py --only svae psvae dit --sync-check                  does a step wait for the card?
-    python notes/checks/bench.py --only path          the full preset from a folder to a picture, 2 steps a stage
+    python notes/checks/bench.py                      full preset on CUDA, tiny on a CPU
+    python notes/checks/bench.py --only dit --size XL --batch 64 --memory-cap 24   fits 24 GB?
+    python notes/checks/bench.py --only svae psvae dit --sync-check      waits it for the card?
+    python notes/checks/bench.py --only path          all of the full preset, 2 steps each
 
-Parts: loading (pictures/s, against torchvision's ImageFolder), svae, psvae, dit (the real programs on the
-real folder: steps/s, pictures/s, utilisation, peak memory), picture (prompt to picture), train and ddim (the
-DiT alone, against diffusers' PixArtTransformer2DModel of the same width, depth, tokens and text, and its
-DDIMScheduler), path (not by default). dit and picture need what psvae leaves in --work.
+Parts: loading (pictures/s, against torchvision's ImageFolder), svae, psvae, dit (the real programs
+on the real folder: steps/s, pictures/s, utilisation, peak memory), picture (prompt to picture),
+train and ddim (the DiT alone, against diffusers' PixArtTransformer2DModel of the same width, depth,
+tokens and text, and its DDIMScheduler), path (not by default). dit and picture need what psvae
+leaves in --work.
 
-What pretrained weights do to memory and speed depends on their sizes alone, so DINOv2 and T5 are built from
-their configs with random weights: no download. Competitors take turns, the order turning too; what is
-printed are medians, and for a comparison the median of the ratios of neighbours, with the smallest and the
-largest. With one thread on a CPU the clock is CPU time, which other programs disturb less. Utilisation is of
-what a large matrix product reaches here.
+What pretrained weights do to memory and speed depends on their sizes alone, so DINOv2 and T5 are
+built from their configs with random weights: no download. Competitors take turns, the order turning
+too; what is printed are medians, and for a comparison the median of the ratios of neighbours, with
+the smallest and the largest. With one thread on a CPU the clock is CPU time, which other programs
+disturb less. Utilisation is of what a large matrix product reaches here.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import os
 import statistics
 import sys
@@ -34,18 +37,18 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                              # noqa: E402
-import dit                                                                               # noqa: E402
-import psvae                                                                             # noqa: E402
-import sample                                                                            # noqa: E402
-import svae                                                                              # noqa: E402
-from notes.tiny import pretrain_tiny                                                     # noqa: E402
+import data  # noqa: E402
+import dit  # noqa: E402
+import psvae  # noqa: E402
+import sample  # noqa: E402
+import svae  # noqa: E402
+from notes.tiny import pretrain_tiny  # noqa: E402
 
 PARTS = ("loading", "svae", "psvae", "dit", "picture", "train", "ddim")
 CUDA = torch.cuda.is_available()
 # as in the config.json of facebook/dinov2-*: width, layers, heads; giant has the gated feed-forward
-IMAGE = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24),
-         "nano": (48, 2, 3)}
+IMAGE = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16),
+         "giant": (1536, 40, 24), "nano": (48, 2, 3)}
 # of google/flan-t5-*: width, feed-forward, heads, layers; 64 channels a head
 TEXT = {"small": (512, 1024, 6, 8), "base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24),
         "xl": (2048, 5120, 32, 24), "xxl": (4096, 10240, 64, 24), "nano": (32, 64, 2, 2)}
@@ -62,20 +65,25 @@ def build_image_encoder(folder: Path, size: str, registers: bool = False) -> str
         settings = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                         image_size=518, patch_size=14, use_swiglu_ffn=size == "giant")
         torch.manual_seed(0)
-        network = (Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings, num_register_tokens=4))
-                   if registers else Dinov2Model(Dinov2Config(**settings)))
+        if registers:
+            config = Dinov2WithRegistersConfig(**settings, num_register_tokens=4)
+            network = Dinov2WithRegistersModel(config)
+        else:
+            network = Dinov2Model(Dinov2Config(**settings))
         network.save_pretrained(folder)
     return str(folder)
 
 
 def build_text_encoder(folder: Path, size: str) -> str:
-    """A T5 encoder of that size with random weights in bf16, and a byte-level tokenizer beside it."""
+    """A T5 encoder of that size with random weights in bf16, and a byte-level tokenizer beside
+    it."""
     from transformers import T5Config, T5EncoderModel
     if not (folder / "tokenizer.json").exists():
         width, inside, heads, layers = TEXT[size]
         config = T5Config(vocab_size=32128, d_model=width, d_ff=inside, d_kv=64, num_heads=heads,
-                          num_layers=layers, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-                          pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+                          num_layers=layers, feed_forward_proj="gated-gelu",
+                          tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
+                          decoder_start_token_id=0)
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)                # a T5-XXL in fp32 would be 19 GB
         try:
@@ -89,8 +97,8 @@ def build_text_encoder(folder: Path, size: str) -> str:
 
 
 def build_pictures(folder: Path, count: int, size=(500, 375)) -> str:
-    """JPEGs of about ImageNet's size in ten class folders: smooth colours and some grain, so that they
-    compress like photographs (90 KB)."""
+    """JPEGs of about ImageNet's size in ten class folders: smooth colours and some grain, so that
+    they compress like photographs (90 KB)."""
     rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / f"train/n{1440764 + number % 10:08d}/{number:06d}.JPEG"
@@ -104,7 +112,8 @@ def build_pictures(folder: Path, count: int, size=(500, 375)) -> str:
 
 
 def build_vgg(folder: Path):
-    """A VGG16 with random weights where torchvision looks for the real one (553 MB), if it is not there."""
+    """A VGG16 with random weights where torchvision looks for the real one (553 MB), if it is not
+    there."""
     name = "hub/checkpoints/vgg16-397923af.pth"
     if not (Path(torch.hub.get_dir()).parent / name).exists():
         from torchvision.models import vgg16
@@ -126,7 +135,8 @@ def now(device) -> float:
 
 
 def interleaved(competitors: dict, runs: int, device) -> dict[str, list[float]]:
-    """Seconds of each call, the competitors taking turns; one call of each before, which does not count."""
+    """Seconds of each call, the competitors taking turns; one call of each before, which does not
+    count."""
     seconds = {name: [] for name in competitors}
     for number in range(runs + 1):
         order = list(competitors.items())
@@ -145,7 +155,8 @@ def compare(title: str, seconds: dict[str, list[float]], amount: float, unit: st
     for name, theirs in others:
         ratios = [b / a for a, b in zip(mine, theirs)]
         line += (f"; {name} {statistics.median(theirs) * 1000:.1f} ms: ours is "
-                 f"{statistics.median(ratios):.3f}x as fast [{min(ratios):.3f} to {max(ratios):.3f}]")
+                 f"{statistics.median(ratios):.3f}x as fast [{min(ratios):.3f} to "
+                 f"{max(ratios):.3f}]")
     print(line, flush=True)
 
 
@@ -168,7 +179,7 @@ def loading(args, pictures: str):
         keys = lambda step: [(i, i) for i in range(step * batch, (step + 1) * batch)]
         return data.batches(data.Pictures(folder, size), keys, 0, count // batch, args.workers)
     competitors = {"ours": ours}
-    with contextlib.suppress(Exception):                # no torchvision, or one that does not fit this torch
+    with contextlib.suppress(Exception):        # no torchvision, or one that fits another torch
         from torchvision import datasets, transforms as t
         imagenet = datasets.ImageFolder(str(folder.root), t.Compose([
             t.RandomResizedCrop(size, scale=(0.5, 1)), t.RandomHorizontalFlip(), t.ToTensor(),
@@ -176,7 +187,8 @@ def loading(args, pictures: str):
         imagenet.samples = imagenet.samples[:count]
         competitors["torchvision"] = lambda: torch.utils.data.DataLoader(
             imagenet, batch, shuffle=True, num_workers=args.workers)
-    # workers start before the clock; their CPU time is not this process's, so the clock is the wall's
+    # workers start before the clock; their CPU time is not this process's, so the clock is the
+    # wall's
     seconds = {name: [] for name in competitors}
     for number in range(args.runs):
         for name, stream in competitors.items() if number % 2 else reversed(competitors.items()):
@@ -185,8 +197,8 @@ def loading(args, pictures: str):
             begin = time.perf_counter()
             assert sum(1 for _ in batches) == count // batch - 1
             seconds[name].append(time.perf_counter() - begin)
-    compare(f"loading, {size} px, {args.workers} workers, JPEGs of 500 x 375", seconds, count - batch,
-            "pictures/s")
+    compare(f"loading, {size} px, {args.workers} workers, JPEGs of 500 x 375", seconds,
+            count - batch, "pictures/s")
 
 
 # --- The stages as they are run -------------------------------------------------------------------
@@ -209,14 +221,16 @@ def every_step(call):
 
 
 def stage(args, name: str, program, argv: list[str], device):
-    """A stage, fresh: steps of it counted in FLOPs, then timed; one line, or that it does not fit."""
+    """A stage, fresh: steps of it counted in FLOPs, then timed; one line, or that it does not
+    fit."""
     quiet = [word for flag in ("log", "eval", "save") for word in (f"--{flag}-every", "1000000000")]
-    argv = [*argv, "--fresh", "--out", str(args.out), "--workers", str(args.workers), "--device", args.device, *quiet]
+    argv = [*argv, "--fresh", "--out", str(args.out), "--workers", str(args.workers),
+            "--device", args.device, *quiet]
     for flag, value in (("--batch", args.batch), ("--micro-batches", args.micro_batches)):
         argv += [flag, str(value)] if value and (flag, name) != ("--micro-batches", "svae") else []
     counter, marks, total = FlopCounterMode(display=False), [], args.warm + args.runs * args.window
 
-    def count(step):                                    # what lies between the first step and the second
+    def count(step):                        # what lies between the first step and the second
         counter.__enter__() if step == 1 else counter.__exit__(None, None, None)
 
     def mark(step):
@@ -236,7 +250,7 @@ def stage(args, name: str, program, argv: list[str], device):
             torch.cuda.reset_peak_memory_stats()
         if code == 0:
             with every_step(mark):
-                code = program([*argv, "--steps", str(total), *(["--no-compile"] * args.no_compile)])
+                code = program([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
     if CUDA:
         torch.cuda.set_sync_debug_mode("default")
     if len(marks) <= args.runs:
@@ -247,10 +261,11 @@ def stage(args, name: str, program, argv: list[str], device):
     flops = counter.get_total_flops()
     memory = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
     print(f"{name}, {args.preset}, batch {config['batch']}: {rate:.4g} steps/s, "
-          f"{rate * config['batch']:.4g} pictures/s, {flops / config['batch'] / 1e9:.4g} GFLOP a picture, "
-          f"utilisation {flops * rate / args.rate:.1%}{memory}", flush=True)
+          f"{rate * config['batch']:.4g} pictures/s, {flops / config['batch'] / 1e9:.4g} GFLOP a "
+          f"picture, utilisation {flops * rate / args.rate:.1%}{memory}", flush=True)
     if args.sync_check:
-        where = {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)}
+        where = {f"{Path(w.filename).name}:{w.lineno}" for w in caught
+                 if "synchroniz" in str(w.message)}
         said = ", ".join(sorted(where)) or "none" if CUDA else "no card here"
         print(f"  waits for the card inside a step: {said}", flush=True)
 
@@ -263,27 +278,34 @@ def stages(args, image_encoder: str, text_encoder: str, pictures: str, device):
     size = ["--size", args.size] if args.preset == "full" else []
     if args.preset == "full":
         build_vgg(Path(args.work) / "torch")
-    for name, program, argv in (("svae", svae.main, given), ("psvae", psvae.main, [*given, *recompute]),
-                                ("dit", dit.main, ["--text-encoder", text_encoder, *size, *recompute])):
+    dit_argv = ["--text-encoder", text_encoder, *size, *recompute]
+    for name, program, argv in (("svae", svae.main, given),
+                                ("psvae", psvae.main, [*given, *recompute]),
+                                ("dit", dit.main, dit_argv)):
         if name in args.only:
-            stage(args, f"{name} {args.size}".strip() if name == "dit" else name, program, argv, device)
+            title = f"{name} {args.size}".strip() if name == "dit" else name
+            stage(args, title, program, argv, device)
 
 
 def path(args, image_encoder: str, text_encoder: str, pictures: str, device):
     """All stages of the full preset as typed, then a picture; with --reduced everything small."""
     out = Path(args.work) / "path"
-    common = ["--fresh", "--out", str(out), "--steps", "2", "--batch", str(args.batch or 2), "--log-every", "1",
-              "--workers", "0", "--device", args.device, *(["--precision", "fp32"] * (not CUDA and not args.reduced))]
-    small = ["--image-size", "64", "--z-dim", "16"] if args.reduced else []
-    widths = ["--widths", "16,16,8,8", "--lpips-weight", "0"] if args.reduced else []
-    if not args.reduced:
+    common = ["--fresh", "--out", str(out), "--batch", str(args.batch or 2),
+              "--device", args.device, *"--steps 2 --log-every 1 --workers 0".split()]
+    common += ["--precision", "fp32"] * (not CUDA and not args.reduced)
+    small, widths, size = [], [], ["--size", args.size or "B"]
+    if args.reduced:
+        small, widths, size = ("--image-size 64 --z-dim 16".split(),
+                               "--widths 16,16,8,8 --lpips-weight 0".split(),
+                               "--width 64 --depth 2 --heads 2".split())
+    else:
         build_vgg(Path(args.work) / "torch")
-    dit_size = ["--width", "64", "--depth", "2", "--heads", "2"] if args.reduced else ["--size", args.size or "B"]
+    prompt = ["--prompt", "a photo of a tench", *"-n 1 --steps 4".split()]
     lines = [("svae", svae.main, ["--data", pictures, "--encoder", image_encoder, *common, *small]),
              ("psvae", psvae.main, [*common, *widths]),
-             ("dit", dit.main, ["--text-encoder", text_encoder, *common, *dit_size]),
-             ("sample", sample.main, ["--prompt", "a photo of a tench", "-n", "1", "--steps", "4", "--model",
-                                      str(out), "--out", str(out / "sample.png"), "--device", args.device])]
+             ("dit", dit.main, ["--text-encoder", text_encoder, *common, *size]),
+             ("sample", sample.main, [*prompt, "--device", args.device, "--model", str(out),
+                                      "--out", str(out / "sample.png")])]
     for name, program, argv in lines:
         begin = time.monotonic()
         if program(argv):
@@ -312,14 +334,15 @@ class Peer:
         from diffusers import PixArtTransformer2DModel
         self.network = PixArtTransformer2DModel(
             num_attention_heads=heads, attention_head_dim=width // heads, in_channels=z_dim,
-            out_channels=z_dim, num_layers=depth, cross_attention_dim=width, caption_channels=d_text,
-            sample_size=grid, patch_size=1, norm_type="ada_norm_single",
+            out_channels=z_dim, num_layers=depth, cross_attention_dim=width,
+            caption_channels=d_text, sample_size=grid, patch_size=1, norm_type="ada_norm_single",
             use_additional_conditions=False).to(device)
 
     def __call__(self, z_t, t, c, mask):
         nothing = {"resolution": None, "aspect_ratio": None}
-        return self.network(z_t, encoder_hidden_states=c, timestep=t, encoder_attention_mask=mask.long(),
-                            added_cond_kwargs=nothing, return_dict=False)[0]
+        return self.network(z_t, encoder_hidden_states=c, timestep=t,
+                            encoder_attention_mask=mask.long(), added_cond_kwargs=nothing,
+                            return_dict=False)[0]
 
 
 def dit_shape(args) -> tuple:
@@ -345,7 +368,7 @@ def contestants(args, device) -> dict:
             network = compiled if name == "ours" else compiled.network
             network.compile()
             found[f"{name} compiled"] = (network, compiled)
-        found = {"ours compiled": found.pop("ours compiled"), **found}   # what dit.py runs comes first
+        found = {"ours compiled": found.pop("ours compiled"), **found}   # what dit.py runs
     return found
 
 
@@ -358,11 +381,13 @@ def train(args, device):
     grid, z_dim, d_text, *_ = dit_shape(args)
     B = args.batch or (64 if CUDA or args.preset == "tiny" else 8)
     z_t, eps = torch.randn(2, B, grid, grid, z_dim, device=device)
-    t, c = torch.randint(1, 1001, (B,), device=device), torch.randn(B, args.tokens, d_text, device=device)
+    t = torch.randint(1, 1001, (B,), device=device)
+    c = torch.randn(B, args.tokens, d_text, device=device)
     mask = torch.ones(B, args.tokens, dtype=torch.bool, device=device)
     found, calls = contestants(args, device), {}
     for name, (module, call) in found.items():
-        first = (lambda x: x) if name.startswith("ours") else (lambda x: x.permute(0, 3, 1, 2).contiguous())
+        channels_first = lambda x: x.permute(0, 3, 1, 2).contiguous()
+        first = (lambda x: x) if name.startswith("ours") else channels_first
         optimizer = torch.optim.AdamW(module.train().parameters(), 1e-4, fused=True)
 
         def step(module=module, call=call, optimizer=optimizer, z_t=first(z_t), eps=first(eps)):
@@ -377,18 +402,20 @@ def train(args, device):
                            for name, (module, _) in found.items()) + f"; {args.tokens} text tokens")
     seconds = interleaved(calls, args.runs, device)
     compare(f"train, DiT {args.size or args.preset}, {grid * grid} tokens, batch {B}",
-            {name: [s / args.inner for s in values] for name, values in seconds.items()}, B, "latents/s")
+            {name: [s / args.inner for s in values] for name, values in seconds.items()}, B,
+            "latents/s")
 
 
 def ddim(args, device):
-    """50 guided steps from noise to z_0: latency at batch 1, throughput at 64 (on a CPU: 4, tiny only)."""
+    """50 guided steps from noise to z_0: latency at batch 1, throughput at 64 (on a CPU: 4, tiny
+    only)."""
     grid, z_dim, d_text, *_ = dit_shape(args)
     alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02)
     times, found = sample.sampling_times(1000, args.sample_steps), contestants(args, device)
     for name, (module, _) in found.items():
         module.eval()
         if name == "ours compiled":
-            module.denoise = torch.compile(module.denoise)               # sampling calls denoise, not forward
+            module.denoise = torch.compile(module.denoise)   # what sampling calls
     for B in (1, 64) if CUDA else (1,) if args.preset == "full" else (1, 4):
         z_T = torch.randn(B, grid, grid, z_dim, device=device)
         c = torch.randn(2 * B, args.tokens, d_text, device=device)
@@ -407,14 +434,16 @@ def ddim(args, device):
             z_t = z_T.permute(0, 3, 1, 2).contiguous()
             for t in scheduler.timesteps.tolist():
                 with autocast(device):
-                    eps = call(torch.cat([z_t, z_t]), torch.full((2 * B,), t, device=device), c, mask)
+                    at = torch.full((2 * B,), t, device=device)
+                    eps = call(torch.cat([z_t, z_t]), at, c, mask)
                 eps_c, eps_null = eps.float().chunk(2)
                 z_t = scheduler.step(eps_null + 4.0 * (eps_c - eps_null), t, z_t).prev_sample
             return z_t
-        calls = {name: (lambda call=call, run=ours if name.startswith("ours") else theirs: run(call))
+        calls = {name: functools.partial(ours if name.startswith("ours") else theirs, call)
                  for name, (_, call) in found.items()}
-        compare(f"ddim, DiT {args.size or args.preset}, {grid * grid} tokens, {args.sample_steps} guided "
-                f"steps, batch {B}", interleaved(calls, args.runs, device), B, "latents/s")
+        compare(f"ddim, DiT {args.size or args.preset}, {grid * grid} tokens, "
+                f"{args.sample_steps} guided steps, batch {B}",
+                interleaved(calls, args.runs, device), B, "latents/s")
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -422,31 +451,31 @@ def ddim(args, device):
 def parse(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=PARTS, choices=(*PARTS, "path"), metavar="PART")
-    parser.add_argument("--preset", default="full" if CUDA else "tiny", choices=("full", "tiny"))
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--image", default="large" if CUDA else "small", choices=IMAGE,
-                        help="DINOv2 of the full preset")
-    parser.add_argument("--text", default="base" if CUDA else "small", choices=TEXT,
-                        help="T5 of the full preset")
-    parser.add_argument("--size", default="", choices=("", *dit.SIZES), help="DiT of the full preset")
-    parser.add_argument("--batch", type=int, default=0, help="0: as in the preset")
-    parser.add_argument("--micro-batches", type=int, default=0)
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--tokens", type=int, default=32, help="text tokens of train and ddim, on both sides")
-    parser.add_argument("--image-size", type=int, default=256, help="of loading")
-    parser.add_argument("--workers", type=int, default=16 if CUDA else 0)
-    parser.add_argument("--pictures", type=int, default=4096 if CUDA else 500, help="in the folder read")
-    parser.add_argument("--warm", type=int, default=20 if CUDA else 3, help="steps before the clock starts")
-    parser.add_argument("--window", type=int, default=10 if CUDA else 3, help="steps a time is taken over")
-    parser.add_argument("--inner", type=int, default=10 if CUDA else 1, help="the same for train")
-    parser.add_argument("--runs", type=int, default=5, help="times taken; the median is shown")
-    parser.add_argument("--sample-steps", type=int, default=50)
-    parser.add_argument("--memory-cap", type=float, default=0, help="GB of the card that may be used")
-    parser.add_argument("--sync-check", action="store_true", help="names each wait for the card in a step")
-    parser.add_argument("--reduced", action="store_true", help="path with everything small: a test")
-    parser.add_argument("--work", default="out/bench", help="folder for pictures, encoders and runs")
+    flag = parser.add_argument
+    flag("--only", nargs="+", default=PARTS, choices=(*PARTS, "path"), metavar="PART")
+    flag("--preset", default="full" if CUDA else "tiny", choices=("full", "tiny"),
+         help="the full one has these parts:")
+    flag("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    flag("--image", default="large" if CUDA else "small", choices=IMAGE, help="its DINOv2")
+    flag("--text", default="base" if CUDA else "small", choices=TEXT, help="its T5")
+    flag("--size", default="", choices=("", *dit.SIZES), help="its DiT")
+    flag("--batch", type=int, default=0, help="0: as in the preset")
+    flag("--micro-batches", type=int, default=0)
+    flag("--checkpointing", action="store_true")
+    flag("--no-compile", action="store_true")
+    flag("--tokens", type=int, default=32, help="text tokens of train and ddim, on both sides")
+    flag("--image-size", type=int, default=256, help="of loading")
+    flag("--workers", type=int, default=16 if CUDA else 0)
+    flag("--pictures", type=int, default=4096 if CUDA else 500, help="in the folder read")
+    flag("--warm", type=int, default=20 if CUDA else 3, help="steps before the clock starts")
+    flag("--window", type=int, default=10 if CUDA else 3, help="steps a time is taken over")
+    flag("--inner", type=int, default=10 if CUDA else 1, help="the same for train")
+    flag("--runs", type=int, default=5, help="times taken; the median is shown")
+    flag("--sample-steps", type=int, default=50)
+    flag("--memory-cap", type=float, default=0, help="GB of the card that may be used")
+    flag("--sync-check", action="store_true", help="names each wait for the card in a step")
+    flag("--reduced", action="store_true", help="path with everything small: a test")
+    flag("--work", default="out/bench", help="folder for pictures, encoders and runs")
     args = parser.parse_args(argv)
     args.out = Path(args.work) / args.preset
     if "path" in args.only:
@@ -467,12 +496,14 @@ def main(argv: list[str] | None = None):
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_cap * 1e9 / total), device)
     torch.set_float32_matmul_precision("high")
     args.rate = matrix_rate(device, *((torch.bfloat16, 8192) if CUDA else (torch.float32, 1024)))
-    name = torch.cuda.get_device_name(device) if CUDA else f"CPU, threads: {torch.get_num_threads()}"
-    print(f"{name}, torch {torch.__version__}: a matrix product reaches {args.rate / 1e12:.3g} TFLOP/s",
-          flush=True)
+    name = (torch.cuda.get_device_name(device) if CUDA else
+            f"CPU, threads: {torch.get_num_threads()}")
+    print(f"{name}, torch {torch.__version__}: a matrix product reaches {args.rate / 1e12:.3g} "
+          f"TFLOP/s", flush=True)
     pictures, image_encoder, text_encoder = "", data.TINY_IMAGE_ENCODER, data.TINY_TEXT_ENCODER
     if {"loading", "path"} & only or args.preset == "full" and {"svae", "psvae"} & only:
-        pictures = build_pictures(work / "pictures", args.pictures, (96, 72) if args.reduced else (500, 375))
+        size = (96, 72) if args.reduced else (500, 375)
+        pictures = build_pictures(work / "pictures", args.pictures, size)
     if args.preset == "full" and {"svae", "psvae", "dit", "path"} & only:
         image_encoder = build_image_encoder(work / f"encoders/dinov2-{args.image}", args.image)
         text_encoder = build_text_encoder(work / f"encoders/t5-{args.text}", args.text)

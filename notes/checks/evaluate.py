@@ -1,13 +1,13 @@
 """Measures a trained PS-VAE on held-out pictures: what comes back, and what its latents hold.
 
-    python notes/checks/evaluate.py                  the model in out/, on the pictures it was trained for
+    python notes/checks/evaluate.py                  the model in out/, on the pictures it is for
     python notes/checks/evaluate.py --count 50000    as many of them (default 1,000)
 
-PSNR, SSIM, LPIPS (where VGG can be had) and FDD, the Fréchet distance between DINOv2 features of pictures
-and reconstructions, from mu. PSNR within 3 pixels of an edge and elsewhere. How much of each channel of the
-frozen features comes back through the semantic decoders (1 - squared error / variance; cosine would
-flatter, for all features share a large mean). In the built-in world also what a linear map reads out of
-the image encoder's patches at an object's centre.
+PSNR, SSIM, LPIPS (where VGG can be had) and FDD, the Fréchet distance between DINOv2 features of
+pictures and reconstructions, from mu. PSNR within 3 pixels of an edge and elsewhere. How much of
+each channel of the frozen features comes back through the semantic decoders (1 - squared error /
+variance; cosine would flatter, for all features share a large mean). In the built-in world also
+what a linear map reads out of the image encoder's patches at an object's centre.
 """
 
 import math
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                              # noqa: E402
-import psvae                                                                             # noqa: E402
-import svae                                                                              # noqa: E402
-from notes.tiny import pretrain_tiny                                                     # noqa: E402
+import data  # noqa: E402
+import psvae  # noqa: E402
+import svae  # noqa: E402
+from notes.tiny import pretrain_tiny  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Config:
 # --- Measures -------------------------------------------------------------------------------------
 
 def psnr(x_hat: torch.Tensor, x: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each picture (B,) in dB, over the pixels where `where` (B, 1, H, W)
-    is True (default: all; nan where none is); x_hat, x (B, 3, H, W) in [-1, 1]."""
+    """Peak signal-to-noise ratio of each picture (B,) in dB, over the pixels where `where` (B, 1,
+    H, W) is True (default: all; nan where none is); x_hat, x (B, 3, H, W) in [-1, 1]."""
     error = (x_hat.clamp(-1, 1) - x).square().mean(1, keepdim=True) / 4
     where = torch.ones_like(error) if where is None else where
     mean = (error * where).sum((1, 2, 3)) / where.sum((1, 2, 3))
@@ -77,11 +77,13 @@ def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between Gaussians fitted to two sets of features (N, d); in DINOv2's space FDD (Stein et al. 2023)."""
+    """Between Gaussians fitted to two sets of features (N, d); in DINOv2's space FDD (Stein et al.
+    2023)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()  # tr (cov_a cov_b)^0.5
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b)
+                 - 2 * root)
 
 
 def explained_variance(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,7 @@ def measure(cfg: Config, model, frozen, stage_1, pictures, count: int) -> dict:
         print(f"LPIPS is left out: {error}")
         lpips = None
     steps = -(-count // cfg.batch)
-    keys = lambda step: [(i, None) for i in range(step * cfg.batch, min(count, (step + 1) * cfg.batch))]
+    keys = lambda step: [(i, None) for i in range(count)[step * cfg.batch:(step + 1) * cfg.batch]]
     values, f, f_hat, f_1, real, fake, broken = {}, [], [], [], [], [], set()
     for images, unreadable in data.batches(pictures, keys, 0, steps, cfg.workers):
         broken |= {index for index, _ in unreadable}
@@ -140,7 +142,8 @@ def main(argv: list[str] | None = None):
         print("no out/psvae.pt: the shipped model")
     model, saved = psvae.load_psvae(out / "psvae.pt", device)
     config = saved["config"]
-    frozen, stage_1 = data.load_image_encoder(config["encoder"]).to(device).requires_grad_(False), None
+    frozen = data.load_image_encoder(config["encoder"]).to(device).requires_grad_(False)
+    stage_1 = None
     if (out / "svae.pt").exists():
         first = data.load(out / "svae.pt", "svae")
         data.check_encoder(data.fingerprint(frozen), first, config["encoder"])
@@ -149,11 +152,13 @@ def main(argv: list[str] | None = None):
     name = cfg.data or config["data"]
     train, held_out = data.read_folder(name, out=cfg.out, count=config["count"])
     pictures = data.Pictures(held_out, config["image_size"])
-    found = measure(cfg, model, frozen, stage_1, pictures, min(cfg.count, held_out.own or len(pictures)))
+    count = min(cfg.count, held_out.own or len(pictures))
+    found = measure(cfg, model, frozen, stage_1, pictures, count)
     print(f"held-out pictures: N = {len(found['SSIM'])}, from {held_out.root}")
     for name_of, value in found.items():
         if isinstance(value, float):
-            print(f"  {name_of:16s} {value:8.3f}  (encoder {config['encoder']}; biased upward for small N)")
+            print(f"  {name_of:16s} {value:8.3f}  (encoder {config['encoder']}; biased upward for "
+                  f"small N)")
         elif name_of.startswith("features"):
             print(f"  {name_of:16s} {value.mean():8.3f}  of the variance, mean over channels; "
                   f"least {value.min():.3f}")
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None):
             value = value[~value.isnan()]
             print(f"  {name_of:16s} {value.mean():8.3f}  (standard deviation over pictures "
                   f"{value.std(correction=0):.3f})")
-    if not name:                                                # the built-in world knows what is there
+    if not name:                                        # the built-in world knows what is there
         sides = [(data.Pictures(part, config["image_size"]), pretrain_tiny.objects_of(part))
                  for part in (train, held_out)]
         shares = pretrain_tiny.read_out(frozen, *sides, 2 * cfg.count)

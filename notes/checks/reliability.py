@@ -1,18 +1,19 @@
 """Proves by force that a run loses nothing and lets nothing in.
 
-    python notes/checks/reliability.py                       everything, an hour and more on one core
+    python notes/checks/reliability.py                       everything: an hour and more, one core
     python notes/checks/reliability.py kill disk             some of it; --times 5 for fewer strikes
     python notes/checks/reliability.py --short --json FILE   what test_all.py runs
 
-    kill     each stage ended at random moments (kill -9, SIGINT, SIGTERM), and killed at every rename
+    kill     each stage ended at random moments (kill -9, SIGINT, SIGTERM), and at every rename
     ranks    two processes (gloo), one of which is killed
     disk     a disk that is full after a random number of bytes of a file
     files    damaged checkpoints, pictures and tables; a pickle that would run code
     flags    random command lines from the real flags: exit code 0, or 2 with one line
 
-Every run is a fork of this process, which has imported everything already. A struck run is started again
-with the same command until it is done; then all in its out/ is compared with a run that nobody disturbed:
-checkpoints bit by bit, other files byte by byte, and no file more or less. Exit code 1 if anything differs.
+Every run is a fork of this process, which has imported everything already. A struck run is started
+again with the same command until it is done; then all in its out/ is compared with a run that
+nobody disturbed: checkpoints bit by bit, other files byte by byte, and no file more or less. Exit
+code 1 if anything differs.
 """
 
 import argparse
@@ -37,21 +38,22 @@ HERE = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HERE))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch                                                                             # noqa: E402
-import torch.distributed                                                                 # noqa: E402
-from PIL import Image                                                                    # noqa: E402
+import torch  # noqa: E402
+import torch.distributed  # noqa: E402
+from PIL import Image  # noqa: E402
 
-import data                                                                              # noqa: E402
-import dit                                                                               # noqa: E402
-import psvae                                                                             # noqa: E402
-import sample                                                                            # noqa: E402
-import svae                                                                              # noqa: E402
-from notes import convert                                                                # noqa: E402
-from notes.tiny import pretrain_tiny                                                     # noqa: E402
-from notes.world import world                                                            # noqa: E402
+import data  # noqa: E402
+import dit  # noqa: E402
+import psvae  # noqa: E402
+import sample  # noqa: E402
+import svae  # noqa: E402
+from notes import convert  # noqa: E402
+from notes.tiny import pretrain_tiny  # noqa: E402
+from notes.world import world  # noqa: E402
 
 torch.set_num_threads(1)
-MODULES = {"svae": svae, "psvae": psvae, "dit": dit, "sample": sample, "data": data, "convert": convert}
+MODULES = {"svae": svae, "psvae": psvae, "dit": dit, "sample": sample, "data": data,
+           "convert": convert}
 STAGES = ("svae", "psvae", "dit")                       # psvae: with the encoding that follows it
 NEEDS = {"svae": (), "psvae": ("svae.pt",), "dit": ("latents",)}
 WRITES = {"svae": ("svae.pt", "svae.csv", "svae.png"),
@@ -68,18 +70,19 @@ class Micro:
     """
 
     def __init__(self, top: Path):
-        self.work, self.reference, self.number, self.seconds = top / "work", top / "reference", 0, {}
+        self.work, self.reference = top / "work", top / "reference"
+        self.number, self.seconds = 0, {}
         self.work.mkdir(parents=True)
         pretrain_tiny.untrained_encoders(top)
         world.write(self.reference / "world", count=120, workers=1)
         common = ("--steps 16 --batch 16 --warmup 2 --log-every 2 --eval-every 9 --save-every 4 "
                   "--workers 0 --device cpu").split()
         self.flags = {
-            "svae": ["--preset", "tiny", "--encoder", str(top / "image"), "--image-size", "32", "--z-dim",
-                     "8", "--count", "120", *common],
+            "svae": ["--preset", "tiny", "--encoder", str(top / "image"), *common,
+                     *"--image-size 32 --z-dim 8 --count 120".split()],
             "psvae": ["--widths", "8,8,8,8", "--latents", "both", *common],
-            "dit": ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", "--text-encoder",
-                    str(top / "text"), *common]}
+            "dit": ["--text-encoder", str(top / "text"), *common,
+                    *"--width 32 --depth 2 --heads 2 --max-tokens 24".split()]}
         for stage in STAGES:                            # each in a fork: this process never trains
             out = self.fresh(stage)
             code, said = ended(self.start(stage, out))
@@ -143,7 +146,7 @@ class Micro:
 def equal(a, b) -> bool:
     """Bit for bit, through dicts and lists."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -152,7 +155,8 @@ def equal(a, b) -> bool:
 
 
 def fork(main, argv: list[str], log: Path, before=None) -> int:
-    """main(argv) in a fork whose output goes to `log`; before() runs first in it. Returns its process id."""
+    """main(argv) in a fork whose output goes to `log`; before() runs first in it. Returns its
+    process id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -183,14 +187,16 @@ fork.logs = {}
 
 
 def ended(pid: int, within: float = 600) -> tuple[int, str]:
-    """The exit code of a fork (128 + n after a signal n) and what it said; ended.cpu: seconds it worked."""
+    """The exit code of a fork (128 + n after a signal n) and what it said; ended.cpu: seconds it
+    worked."""
     begin = time.monotonic()
     while time.monotonic() - begin < within:
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             ended.cpu = used.ru_utime + used.ru_stime
             code = os.waitstatus_to_exitcode(status)
-            return (code if code >= 0 else 128 - code), fork.logs.pop(pid).read_text(errors="replace")
+            said = fork.logs.pop(pid).read_text(errors="replace")
+            return (code if code >= 0 else 128 - code), said
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -209,7 +215,7 @@ def refused_or_done(code: int, said: str, what=""):
 def after(seconds: float, number: int):
     """Struck by a signal after so many seconds of work, which a busy machine does not change."""
     def before():
-        if number == signal.SIGKILL:                    # the timer's own signal ends a process as surely
+        if number == signal.SIGKILL:                    # the timer's own signal ends it as surely
             signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
         else:
             signal.signal(signal.SIGVTALRM, lambda *_: os.kill(os.getpid(), number))
@@ -218,7 +224,8 @@ def after(seconds: float, number: int):
 
 
 def at_rename(number: int, out: Path, count=None):
-    """Killed before its number-th rename below out/: what was written is there, and does not have its name."""
+    """Killed before its number-th rename below out/: what was written is there, and does not have
+    its name."""
     seen = [0]
 
     def hook(event, args):
@@ -259,7 +266,8 @@ def kill(micro: Micro, times: int, rng, report, stages):
 
 
 def pair(micro: Micro, stage: str, out: Path, struck=-1, seconds=0.0) -> list[int]:
-    """Both ranks of a run, as torchrun starts them; one may be killed after so many seconds of work."""
+    """Both ranks of a run, as torchrun starts them; one may be killed after so many seconds of
+    work."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -293,21 +301,24 @@ def ranks(micro: Micro, times: int, rng, report, stages):
 def disk(micro: Micro, times: int, rng, report, stages):
     """No file may grow beyond a limit: where it is met, one line; with room, as if undisturbed."""
     for stage in stages:
-        sizes = [path.stat().st_size for name in WRITES[stage]
-                 for path in [micro.reference / name, *(micro.reference / name).rglob("*")] if path.is_file()]
+        written = [micro.reference / name for name in WRITES[stage]]
+        sizes = [path.stat().st_size for top in written for path in [top, *top.rglob("*")]
+                 if path.is_file()]
         hits = 0
         for _ in range(times):
             out, limit = micro.fresh(stage), int(rng.choice(sizes) * rng.random())
 
             def full():
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what it says must not meet the limit
-                resource.setrlimit(resource.RLIMIT_FSIZE, (max(limit, 4096), resource.RLIM_INFINITY))
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # what it says must not meet it
+                resource.setrlimit(resource.RLIMIT_FSIZE,
+                                   (max(limit, 4096), resource.RLIM_INFINITY))
             code, said = ended(micro.start(stage, out, before=full))
             refused_or_done(code, said, f"{stage}, {limit} bytes")
             hits += code == 2
             micro.finish(stage, out)
-        report(f"{stage}: the disk was full {hits} of {times} times, one line each; all as if undisturbed")
+        report(f"{stage}: the disk was full {hits} of {times} times, one line each; all as if "
+               f"undisturbed")
 
 
 # --- Damaged files --------------------------------------------------------------------------------
@@ -333,21 +344,24 @@ def damage(path: Path, rng, executed: Path) -> str:
 
 
 def files(micro: Micro, times: int, rng, report, stages):
-    uses = {"svae.pt": ("psvae", []), "psvae.pt": ("psvae", ["--encode-only"]), "dit.pt": ("sample", []),
-            "picture": ("svae", ["--max-broken", "1"]), "table": ("svae", ["--max-broken", "1"])}
-    for name, (program, flags) in uses.items():
+    uses = {"svae.pt": ("psvae", ["svae.pt"], []),
+            "psvae.pt": ("psvae", ["psvae.pt"], ["--encode-only"]),
+            "dit.pt": ("sample", ["psvae.pt", "dit.pt"], []),
+            "picture": ("svae", [], ["--max-broken", "1"]),
+            "table": ("svae", [], ["--max-broken", "1"])}
+    for name, (program, needs, flags) in uses.items():
         codes = collections.Counter()
         for _ in range(times):
-            out = micro.fresh("svae", *{"svae.pt": ["svae.pt"], "psvae.pt": ["psvae.pt"],
-                                        "dit.pt": ["psvae.pt", "dit.pt"]}.get(name, []))
-            argv, target, executed = [*micro.flags.get(program, []), *flags, "--out", str(out)], \
-                out / name, out / "executed"
+            out = micro.fresh("svae", *needs)
+            target, executed = out / name, out / "executed"
+            argv = [*micro.flags.get(program, []), *flags, "--out", str(out)]
             if name in ("picture", "table"):
                 folder = out / "pictures"
                 folder.mkdir()
                 for k in range(20):
                     Image.new("RGB", (40, 40), (12 * k, 80, 90)).save(folder / f"{k}.png")
-                rows = [json.dumps({"file_name": f"{k}.png", "text": f"number {k}"}) for k in range(20)]
+                rows = [json.dumps({"file_name": f"{k}.png", "text": f"number {k}"})
+                        for k in range(20)]
                 (folder / "metadata.jsonl").write_text("\n".join(rows))
                 target = folder / ("7.png" if name == "picture" else "metadata.jsonl")
                 argv += ["--data", str(folder), "--steps", "1", "--batch", "2"]
@@ -365,13 +379,14 @@ def files(micro: Micro, times: int, rng, report, stages):
 
 # --- Random command lines -------------------------------------------------------------------------
 
-TEXTS = ["", " ", "x", "-", "--", "nowhere", "/dev/null", ".", "a\nb", "é", "\udcff", "0x10", "1e3", "1_0",
-         " 7 ", "None", "[]", "%s", "tiny", "full", "cpu", "mu", "S", "x" * 3000, "8,8,8,8", "8,",
-         "-4,8,8,8", "notes/tiny/text_encoder"]
-NUMBERS = ["0", "1", "2", "-1", "-0", "0.5", "1.5", "nan", "inf", "1e-300", "1e99", "9" * 30, str(2**63)]
+TEXTS = ["", " ", "x", "-", "--", "nowhere", "/dev/null", ".", "a\nb", "é", "\udcff", "0x10",
+         "1e3", "1_0", " 7 ", "None", "[]", "%s", "tiny", "full", "cpu", "mu", "S", "x" * 3000,
+         "8,8,8,8", "8,", "-4,8,8,8", "notes/tiny/text_encoder"]
+NUMBERS = ["0", "1", "2", "-1", "-0", "0.5", "1.5", "nan", "inf", "1e-300", "1e99", "9" * 30,
+           str(2**63)]
 # What is valid and only large (--batch 1000000, --depth 1000) would be slow, not wrong.
-COSTLY = {"steps", "batch", "count", "width", "depth", "heads", "workers", "n", "T", "image_size", "z_dim",
-          "widths", "max_tokens"}
+COSTLY = {"steps", "batch", "count", "width", "depth", "heads", "workers", "n", "T", "image_size",
+          "z_dim", "widths", "max_tokens"}
 
 
 def line(rng, name: str, given: list[str]) -> list[str]:
@@ -389,12 +404,13 @@ def line(rng, name: str, given: list[str]) -> list[str]:
 
 
 def flags(micro: Micro, times: int, rng, report, stages):
-    """Most lines begin where there is nothing to train on; one in ten has all that the program needs."""
+    """Most lines begin where there is nothing to train on; one in ten has all that the program
+    needs."""
     nothing = micro.work / "nothing"
     for name in MODULES:
         small = ["--data", str(nothing), "--out", str(nothing / "out"), "--count", "20"]
-        given = {"dit": ["--out", str(nothing)], "sample": ["--model", str(nothing)], "convert": []}.get(
-            name, small)
+        given = {"dit": ["--out", str(nothing)], "sample": ["--model", str(nothing)],
+                 "convert": []}.get(name, small)
 
         def many(_):
             os.chdir(micro.work)
@@ -403,7 +419,8 @@ def flags(micro: Micro, times: int, rng, report, stages):
                 argv, out = line(rng, name, given), None
                 if name in micro.flags and rng.random() < 0.1:
                     out = micro.fresh(name)
-                    argv = line(rng, name, [*micro.flags[name], "--steps", "1", "--batch", "2", "--out", str(out)])
+                    argv = line(rng, name, [*micro.flags[name], "--steps", "1", "--batch", "2",
+                                            "--out", str(out)])
                 code, said = ended(fork(MODULES[name].main, argv, micro.work / "line.log"))
                 codes[code] += 1
                 if not ("--help" in argv or "-h" in argv):
@@ -421,7 +438,7 @@ def flags(micro: Micro, times: int, rng, report, stages):
 # --------------------------------------------------------------------------------------------------
 
 SECTIONS = {"kill": kill, "ranks": ranks, "disk": disk, "files": files, "flags": flags}
-SHORT = {"kill": ("psvae", "dit"), "ranks": ("dit",), "disk": ("psvae",), "files": ()}   # their stages
+SHORT = {"kill": ("psvae", "dit"), "ranks": ("dit",), "disk": ("psvae",), "files": ()}   # stages
 
 
 def main(argv=None):
@@ -433,20 +450,19 @@ def main(argv=None):
     parser.add_argument("--short", action="store_true", help="one strike of each kind")
     parser.add_argument("--json", type=Path, help="a file for {section: held, or what failed}")
     args = parser.parse_args(argv)
-    top, begin, results = Path(tempfile.mkdtemp()), time.monotonic(), {}
+    begin, results = time.monotonic(), {}
     report = lambda text: print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
-    try:
-        micro = Micro(top)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
+        micro = Micro(Path(top))
         for name in args.sections or (SHORT if args.short else SECTIONS):
             try:
-                SECTIONS[name](micro, 1 if args.short else args.times, random.Random(f"{args.seed} {name}"),
-                               report, SHORT[name] if args.short else STAGES)
+                SECTIONS[name](micro, 1 if args.short else args.times,
+                               random.Random(f"{args.seed} {name}"), report,
+                               SHORT[name] if args.short else STAGES)
                 results[name] = "held"
             except Exception as error:
                 results[name] = f"{type(error).__name__}: {error}"
                 report(f"FAILED: {name}: {results[name]}")
-    finally:
-        shutil.rmtree(top, ignore_errors=True)
     if args.json:
         args.json.write_text(json.dumps(results))
     return 0 if set(results.values()) == {"held"} else 1

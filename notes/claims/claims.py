@@ -1,20 +1,21 @@
 """The guide's claims, measured on small latent spaces: one row of spaces and one page for each.
 
-    python notes/claims/claims.py weak_pixels --seeds 0,1,2 --page          a CPU core, in the background
+    python notes/claims/claims.py weak_pixels --seeds 0,1,2 --page          a CPU core
     python notes/claims/claims.py ladder --scale gpu --seeds 0,1,2 --page   one CUDA GPU
     python notes/claims/claims.py kl --only 0 1e-2                          some variants of a row
 
     weak_pixels     Eq. 3: what a decoder gets back from frozen features, S-VAE, PS-VAE
     ladder          the guide's table "Latent Space Comparison" (the paper's Table 4)
-    off_manifold    Eq. 1 on pictures: how far from true features lies what is drawn (the toy: off_manifold.py)
+    off_manifold    Eq. 1 on pictures: how far from true features is what is drawn (not the toy)
     kl, channels    Eq. 11: sum or mean, and beta; 8 to 96 channels
     guide_vs_paper  rectified flow, transformer blocks, cosine
     edits           one model for drawing and editing: what either costs the other
     recipe          what made the tiny setting learn: each choice taken back
 
-Decoders are trained until their PSNR is flat. Killed, a row resumes; one row takes over what another has
-trained. A claim counts as measured where its best variant draws: 30 dB from the decoder, and 70 % of the
-prompts right by the judge. With --page tables and figure go into the claim's page.
+Decoders are trained until their PSNR is flat. Killed, a row resumes; one row takes over what
+another has trained. A claim counts as measured where its best variant draws: 30 dB from the
+decoder, and 70 % of the prompts right by the judge. With --page tables and figure go into the
+claim's page.
 """
 
 import sys
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                              # noqa: E402
-from notes.claims.lab import SCALES, Lab, Space, Study                                   # noqa: E402
+import data  # noqa: E402
+from notes import curves  # noqa: E402
+from notes.claims.lab import SCALES, Lab, Space, Study  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 DECODES, DRAWS = 30, 0.7        # dB, share of prompts: below, a claim is not tested
@@ -43,7 +45,8 @@ CLAIMS = {
     "kl": {"0": (Space(beta=0.0), Study()), "1e-4, mean": (Space(beta=1e-4 / 24), Study()),
            **{f"{beta:g}": (Space(beta=beta), Study()) for beta in (1e-4, 1e-3, 3e-3, 1e-2)}},
     "channels": {str(z_dim): (Space(z_dim=z_dim), Study()) for z_dim in (8, 16, 24, 48, 96)},
-    "guide_vs_paper": {"v": PRESET, "eps": (Space(), Study("eps")), "flow": (Space(), Study("flow")),
+    "guide_vs_paper": {"v": PRESET, "eps": (Space(), Study("eps")),
+                       "flow": (Space(), Study("flow")),
                        "transformer": (Space(body="transformer"), Study()),
                        "mse + cosine": (Space(semantic="mse and cosine"), Study())},
     "edits": {"draws": PRESET, "draws and edits": (Space(), Study(edits=EDITS)),
@@ -54,16 +57,16 @@ CLAIMS = {
                "off the lattice": (Space(lattice=False), Study()), "eps": (Space(), Study("eps"))},
 }
 # The same colour for the same latent space on every page.
-COLOURS = {"Standard VAE": "tab:gray", "RAE": "tab:red", "S-VAE": "tab:orange", "P-VAE": "tab:green",
-           "PS-VAE": "tab:blue", "preset": "tab:blue", "v": "tab:blue", "draws": "tab:blue", "24": "tab:blue",
-           "0.003": "tab:blue", "S-VAE, beta 0": "tab:brown"}
+COLOURS = {"Standard VAE": "tab:gray", "RAE": "tab:red", "S-VAE": "tab:orange",
+           "P-VAE": "tab:green", "S-VAE, beta 0": "tab:brown",
+           **dict.fromkeys(("PS-VAE", "preset", "v", "draws", "24", "0.003"), "tab:blue")}
 
 
 @dataclass(frozen=True)
 class Config:
     scale: str = "cpu"                  # how big: cpu (one core), gpu, or quick (a test)
     quick: bool = False                 # the same as --scale quick
-    seeds: tuple[int, ...] = (0,)       # of initialisation, order and noise; all other things are the same
+    seeds: tuple[int, ...] = (0,)       # of initialisation, order and noise
     only: tuple[str, ...] = ()          # only these variants: to run several at once on one card
     out: str = "out/lab"                # trained parts and measurements, shared by all rows
     page: bool = False                  # tables and figure go into notes/claims/ too
@@ -102,36 +105,38 @@ def last(run: dict) -> dict:
 
 def space_tables(found: dict[str, dict]) -> list[str]:
     pixels, meaning = [], []
+    read = ("colour", "shape", "size", "place", "features")
     for name, row in found.items():
         p, m = row["pixels"], row["meaning"]
-        pixels.append([name, column(p, "psnr", "{:.2f}", 1), column(p, "edge", "{:.2f}", 1),
-                       column(p, "elsewhere", "{:.2f}", 1), column(p, "flat", "{:.0f}", 1),
-                       column(p, "seconds", "{:.0f}", 1 / 60)])
-        meaning.append([name, *(column(m, part) for part in ("colour", "shape", "size", "place", "features")),
-                        column(m, "rate", "{:.1f}", 1), column(m, "sigma", "{:.3f}", 1)])
+        decibels = (column(p, part, "{:.2f}", 1) for part in ("psnr", "edge", "elsewhere"))
+        pixels.append([name, *decibels,
+                       column(p, "flat", "{:.0f}", 1), column(p, "seconds", "{:.0f}", 1 / 60)])
+        meaning.append([name, *(column(m, part) for part in read), column(m, "rate", "{:.1f}", 1),
+                        column(m, "sigma", "{:.3f}", 1)])
     return [table(["", "PSNR dB", "near edges", "elsewhere", "flat after", "minutes"], pixels),
-            table(["read from mu, %", "colour", "shape", "size", "place", "features", "nats a position",
-                   "sigma"], meaning)]
+            table(["read from mu, %", *read, "nats a position", "sigma"], meaning)]
 
 
 def drawn_table(found: dict[str, dict], what: str) -> str:
-    lines = []
+    lines, facts = [], ("colour", "shape", "size", "place")
     for name, row in found.items():
         if what in row:
             marks = sorted((mark for mark in row[what][0] if mark.isdigit()), key=int)
-            part = lambda mark, measure, *form: column([run[mark] for run in row[what]], measure, *form)
-            end = marks[-1]
-            lines.append([name, part("mu", "right"), *(part(mark, "right") for mark in marks),
-                          part(end, "unreadable"),
-                          *(part(end, fact) for fact in ("colour", "shape", "size", "place")),
-                          part(end, "fd", "{:.2f}", 1), part(end, "beside", "{:.3f}", 1),
+            at = lambda mark: [run[mark] for run in row[what]]
+            end = at(marks[-1])
+            lines.append([name, column(at("mu"), "right"),
+                          *(column(at(mark), "right") for mark in marks),
+                          *(column(end, part) for part in ("unreadable", *facts)),
+                          column(end, "fd", "{:.2f}", 1), column(end, "beside", "{:.3f}", 1),
                           column(row[what], "seconds", "{:.0f}", 1 / 60)])
-    return table([f"{what}, right by the judge, %", "true ones", *(f"step {mark}" for mark in marks),
-                  "unreadable", "colour", "shape", "size", "place", "FD", "beside", "minutes"], lines)
+    return table([f"{what}, right by the judge, %", "true ones",
+                  *(f"step {mark}" for mark in marks), "unreadable", *facts, "FD", "beside",
+                  "minutes"], lines)
 
 
 def paired(found: dict[str, dict], what: str) -> str:
-    """Of each variant less the first, paired by prompt and seed, with a 95 % interval over prompts."""
+    """Of each variant less the first, paired by prompt and seed, with a 95 % interval over
+    prompts."""
     (first, base), *others = [(name, row[what]) for name, row in found.items() if what in row]
     lines = []
     for name, runs in others:
@@ -148,7 +153,8 @@ def verdict(found: dict[str, dict]) -> str:
     draws = max((np.mean([last(run)["right"] for run in row["drawn"]])
                  for row in found.values() if "drawn" in row), default=1)
     tested = decodes >= DECODES and draws >= DRAWS
-    return (f"{'Measured' if tested else 'Not tested'} at this size: the best decoder gives {decodes:.1f} dB"
+    return (f"{'Measured' if tested else 'Not tested'} at this size: the best decoder gives "
+            f"{decodes:.1f} dB"
             + (f", the best DiT draws {draws:.0%} of the prompts right" if draws < 1 else "")
             + f" (wanted: {DECODES} dB, {DRAWS:.0%}).")
 
@@ -166,16 +172,12 @@ def into_page(page: Path, text: str, mark="measured"):
 def pyplot():
     """matplotlib, or None where it is not installed: tables do not need it."""
     try:
-        import matplotlib
-    except ImportError:
-        print("no figure: pip install matplotlib draws it")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+        return curves.pyplot()
+    except data.UserError as error:
+        print(f"no figure: {error}")
 
 
-def curves(axis, found, points, **labels):
+def lines(axis, found, points, **labels):
     """A line for each variant, labelled at its end; points(row) gives each seed's [(x, y), …]."""
     for i, (name, row) in enumerate(found.items()):
         runs = [list(zip(*run)) for run in points(row)]
@@ -189,7 +191,8 @@ def curves(axis, found, points, **labels):
 
 
 def figure(lab: Lab, claim: str, found: dict[str, dict], path: Path, count=8):
-    """Decibels and prompts against steps; below, for eight held-out prompts, what each variant draws."""
+    """Decibels and prompts against steps; below, for eight held-out prompts, what each variant
+    draws."""
     plt = pyplot()
     if plt is None:
         return
@@ -197,18 +200,19 @@ def figure(lab: Lab, claim: str, found: dict[str, dict], path: Path, count=8):
     fig = plt.figure(figsize=(11, 3.6 + 0.9 * (len(found) + 1)), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=(3.6, 0.9 * (len(found) + 1)))
     axes = above.subplots(1, 1 + bool(draws), squeeze=False)[0]
-    curves(axes[0], found, lambda row: [run["curve"] for run in row["pixels"]], xlabel="steps of stage 2",
-           title="PSNR of reconstructions, dB")
+    lines(axes[0], found, lambda row: [run["curve"] for run in row["pixels"]],
+          xlabel="steps of stage 2", title="PSNR of reconstructions, dB")
     if draws:
-        curves(axes[1], draws, lambda row: [[(int(mark), 100 * run[mark]["right"]) for mark in run
-                                             if mark.isdigit()] for run in row["drawn"]],
-               xlabel="steps of stage 3", title="prompts right by the judge, %", ylim=(0, 105))
+        lines(axes[1], draws, lambda row: [[(int(mark), 100 * run[mark]["right"]) for mark in run
+                                            if mark.isdigit()] for run in row["drawn"]],
+              xlabel="steps of stage 3", title="prompts right by the judge, %", ylim=(0, 105))
     rows, names = [], []
     for name, row in found.items():
         space, study = row["of"]
         pictures = lab.world(space.lattice)
         first = slice(pictures.test.start, pictures.test.start + count)
-        z = lab.generate(space, study, count=count) if name in draws else lab.posterior(space, first)[0]
+        z = (lab.generate(space, study, count=count) if name in draws
+             else lab.posterior(space, first)[0])
         if not rows:
             rows, names = [list(data.to_uint8(pictures.x(first)))], ["true"]
         rows.append(list(data.to_uint8(lab.decode(space, z))))
@@ -217,18 +221,16 @@ def figure(lab: Lab, claim: str, found: dict[str, dict], path: Path, count=8):
     axis.imshow(data.grid(rows))
     side = axis.images[0].get_array().shape[0] / len(rows)
     axis.set(xticks=[], yticks=[(i + 0.5) * side for i in range(len(rows))], yticklabels=names)
-    with data.atomic(path) as partial:
-        fig.savefig(partial, dpi=100, format="png")
-    plt.close(fig)
-    print(f"wrote {path}")
+    curves.save(fig, path)
 
 
 # --- A row ----------------------------------------------------------------------------------------
 
 def measure(lab: Lab, claim: str, variants: dict, seeds) -> dict[str, dict]:
-    """{variant: {"pixels", "meaning", "drawn", "edited": a dict for each seed, "of": (space, study)}}"""
+    """{variant: {"pixels", "meaning", "drawn", "edited": a dict for each seed, "of": (space,
+    study)}}"""
     found = {}
-    for seed in seeds:                          # a seed after the other: what is there is a whole table
+    for seed in seeds:          # one after the other: what is there is a whole table
         for name, (space, study) in variants.items():
             space = replace(space, seed=seed, z_dim=space.z_dim or lab.encoder.dim)
             row = found.setdefault(name, {"pixels": [], "meaning": [], "of": (space, study)})
@@ -260,11 +262,12 @@ def main(argv: list[str] | None = None):
         if any(what in row for row in found.values()):
             parts += [drawn_table(found, what), paired(found, what)]
     parts.append(f"Seeds {', '.join(map(str, cfg.seeds))}; `--scale {cfg.scale}`: "
-                 f"{lab.scale.pictures:,} pictures, {lab.scale.held_out} held out, {lab.scale.prompts} "
-                 f"prompts; minutes are those of {where}, torch {torch.__version__}.")
+                 f"{lab.scale.pictures:,} pictures, {lab.scale.held_out} held out, "
+                 f"{lab.scale.prompts} prompts; minutes are those of {where}, torch "
+                 f"{torch.__version__}.")
     text = "\n\n".join(filter(None, parts))
     print(text + "\n", flush=True)
-    mark = "pictures" if claim == "off_manifold" else "measured"        # that page holds the toy as well
+    mark = "pictures" if claim == "off_manifold" else "measured"    # that page holds the toy too
     name = "off_manifold_pictures" if claim == "off_manifold" else claim
     if page:
         into_page(HERE / f"{claim}.md", text, mark)

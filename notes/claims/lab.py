@@ -1,13 +1,13 @@
 """The laboratory behind claims.py: small latent spaces, and a DiT on each.
 
-Networks, losses and samplers are the stage files' own; here is only what lets many small runs share one
-memory and one table. Pictures of the built-in world (one filled object each) are drawn once, their frozen
-features computed once, and every trained part is kept in --out under the digest of its settings: run again,
-a row resumes where it stopped, and one row takes over what another has trained. Every random number of a
-step comes from (seed, part, step), as in the stages.
+Networks, losses and samplers are the stage files' own; here is only what lets many small runs share
+one memory and one table. Pictures of the built-in world (one filled object each) are drawn once,
+their frozen features computed once, and every trained part is kept in --out under the digest of its
+settings: run again, a row resumes where it stopped, and one row takes over what another has
+trained. Every random number of a step comes from (seed, part, step), as in the stages.
 
     lab = Lab(cfg)
-    lab.pixels(space), lab.meaning(space), lab.drawn(space, study)    # measured or read, as plain dicts
+    lab.pixels(space), lab.meaning(space), lab.drawn(space, study)    # plain dicts
 """
 
 import copy
@@ -26,13 +26,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                              # noqa: E402
-import dit                                                                               # noqa: E402
-import psvae                                                                             # noqa: E402
-from notes.checks.evaluate import frechet_distance, near_edges, psnr                     # noqa: E402
-from notes.tiny import pretrain_tiny                                                     # noqa: E402
-from notes.world import geneval, judge, world                                        # noqa: E402
-from sample import ddim, sampling_times                                                  # noqa: E402
+import data  # noqa: E402
+import dit  # noqa: E402
+import psvae  # noqa: E402
+from notes.checks.evaluate import frechet_distance, near_edges, psnr  # noqa: E402
+from notes.tiny import pretrain_tiny  # noqa: E402
+from notes.world import geneval, judge, world  # noqa: E402
+from sample import ddim, sampling_times  # noqa: E402
 
 VERSION = 4            # goes up when the same settings would train something else
 SAVE_EVERY = 60        # seconds between checkpoints of a part
@@ -52,7 +52,7 @@ class Scale:
     dit: tuple                  # its width, depth, heads
     prompts: int                # pictures drawn a measurement
     sampler: tuple              # DDIM steps, guidance, eta
-    marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)   # shares of stage 3 at which pictures are drawn
+    marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)   # shares of stage 3: pictures are drawn
 
 
 SCALES = {
@@ -93,8 +93,8 @@ class Study:
 
 # --- The pictures ---------------------------------------------------------------------------------
 
-FACTS = {"background": tuple(world.BACKGROUNDS), "colour": tuple(world.COLOURS), "shape": world.SHAPES,
-         "size": tuple(world.SIZES), "place": tuple(world.PLACES.values())}
+FACTS = {"background": tuple(world.BACKGROUNDS), "colour": tuple(world.COLOURS),
+         "shape": world.SHAPES, "size": tuple(world.SIZES), "place": tuple(world.PLACES.values())}
 
 
 def placed(o: world.Object, rng, lattice: bool) -> world.Object:
@@ -112,7 +112,8 @@ def one_object(index: int, split: str, lattice: bool = True) -> world.Scene:
     """Scene `index`: one filled object on a background, of the pairs that training shows."""
     rng = world.generator("lab", split, index)
     colour, shape = world.pick_look(rng, "train")
-    thing = placed(world.Object(shape, colour, world.choose(rng, world.SIZES), "filled"), rng, lattice)
+    thing = world.Object(shape, colour, world.choose(rng, world.SIZES), "filled")
+    thing = placed(thing, rng, lattice)
     return world.Scene(world.choose(rng, world.BACKGROUNDS), (thing,))
 
 
@@ -142,8 +143,8 @@ def edit_of(scene: world.Scene, index: int, lattice: bool) -> tuple[str, world.S
         colour = world.choose(rng, [b for b in world.BACKGROUNDS if b != scene.background])
         return f"make the background {colour}", replace(scene, background=colour)
     if what == "colour":
-        colour = world.choose(rng, [c for c, shape in world.PAIRS if shape == o.shape and c != o.colour
-                                    and (c, shape) not in world.HELD_OUT])
+        colour = world.choose(rng, [c for c, shape in world.PAIRS if shape == o.shape
+                                    and c != o.colour and (c, shape) not in world.HELD_OUT])
         return f"make the {o.shape} {colour}", replace(scene, objects=(replace(o, colour=colour),))
     if what == "size":
         size = "small" if o.size == "large" else "large"
@@ -156,11 +157,13 @@ def edit_of(scene: world.Scene, index: int, lattice: bool) -> tuple[str, world.S
 
 
 def nearest(picture: np.ndarray) -> list[int]:
-    """The facts that a picture, uint8 (64, 64, 3), comes nearest to: a choice is forced, however bad.
+    """The facts that a picture, uint8 (64, 64, 3), comes nearest to: a choice is forced, however
+    bad.
 
-    The judge refuses what is not clean, and so nearly all that a short training draws. This takes its
-    palette and templates: background from the picture's frame, where no object may be; colour from the
-    pixels that differ most from it; shape and size from the filled template that fits best.
+    The judge refuses what is not clean, and so nearly all that a short training draws. This takes
+    its palette and templates: background from the picture's frame, where no object may be; colour
+    from the pixels that differ most from it; shape and size from the filled template that fits
+    best.
     """
     rgb = picture.astype(np.float32)
     frame = np.ones(rgb.shape[:2], bool)
@@ -184,7 +187,8 @@ def nearest(picture: np.ndarray) -> list[int]:
 
 
 def is_read_as(picture: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
-    """Whether the judge reads in a picture just what the scene holds; whether it can read it at all."""
+    """Whether the judge reads in a picture just what the scene holds; whether it can read it at
+    all."""
     seen = judge.read(picture)
     if seen is None or len(seen.objects) != 1:
         return False, seen is not None
@@ -216,8 +220,8 @@ class Blocks(nn.Module):
         super().__init__()
         self.position = nn.Parameter(torch.randn(1, GRID * GRID, d) * 0.02)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(d, d // 32, 4 * d, 0.0, "gelu", batch_first=True, norm_first=True)
-            for _ in range(3))
+            nn.TransformerEncoderLayer(d, d // 32, 4 * d, 0.0, "gelu", batch_first=True,
+                                       norm_first=True) for _ in range(3))
 
     def forward(self, h):
         h, shape = h.flatten(1, 2) + self.position, h.shape
@@ -255,7 +259,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, space: Space, encoder: data.ImageEncoder, f_mean, f_std, widths):
         super().__init__()
-        self.kind, self.trains, self.seconds = space.kind, space.kind in ("vae", "pvae", "psvae"), 0.0
+        self.kind, self.trains = space.kind, space.kind in ("vae", "pvae", "psvae")
         self.register_buffer("f_mean", f_mean)
         self.register_buffer("f_std", f_std)
         projector, semantic_decoder = BODIES[space.body]
@@ -289,7 +293,8 @@ class Autoencoder(nn.Module):
 # --- Training, kept on disk -----------------------------------------------------------------------
 
 def clock(device) -> float:
-    """Seconds of work: of the processor on a CPU, whatever else runs beside it; else of the wall."""
+    """Seconds of work: of the processor on a CPU, whatever else runs beside it; else of the
+    wall."""
     return time.process_time() if device.type == "cpu" else time.monotonic()
 
 
@@ -307,17 +312,18 @@ def is_flat(curve: list) -> bool:
     return len(values) >= 6 and max(values[-3:]) < max(values[:-3]) + FLAT
 
 
-@torch.enable_grad()           # measurements, which need no gradient, may be what asks for the training
+@torch.enable_grad()           # measurements, which need no gradient, may ask for the training
 def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, decay=0.01, marks=(),
         score=None, every=0, say=""):
     """Trains in place, from where `path` stops; loss_of(step) is the loss of its batch.
 
-    The rate falls along a cosine over `steps`. With a score it stays at its peak until the score, taken
-    `every` so many steps, is flat (at the latest at four fifths of `steps`), and then falls to 0 over a
-    quarter of the steps so far. Keeps everything in `path`, every SAVE_EVERY seconds and at the end.
-    Returns {seconds, step, curve, snapshots at marks, flat: where it was flat}.
+    The rate falls along a cosine over `steps`. With a score it stays at its peak until the score,
+    taken `every` so many steps, is flat (at the latest at four fifths of `steps`), and then falls
+    to 0 over a quarter of the steps so far. Keeps everything in `path`, every SAVE_EVERY seconds
+    and at the end. Returns {seconds, step, curve, snapshots at marks, flat: where it was flat}.
     """
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay,
+                                  fused=True)
     kept = {"step": 0, "seconds": 0.0, "snapshots": {}, "curve": [], "flat": 0, "stop": steps}
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
@@ -358,8 +364,8 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
 
 
 class Pictures:
-    """Pictures with their frozen features and texts: `train`, then `test`, then the results of an edit of
-    each: picture `edited + i` is what `orders[i]` makes of picture i."""
+    """Pictures with their frozen features and texts: `train`, then `test`, then the results of an
+    edit of each: picture `edited + i` is what `orders[i]` makes of picture i."""
 
     def __init__(self, lab: "Lab", lattice: bool):
         n, m = lab.scale.pictures, lab.scale.held_out
@@ -389,7 +395,8 @@ class Pictures:
                     "f": lab.features(data.to_float(pictures, lab.device)).cpu()}
             replace_file(path, lambda partial: torch.save(kept, partial))
         kept = torch.load(path, weights_only=True, map_location=lab.device)
-        self.pictures, self.f, self.c, self.mask = (kept[name] for name in ("pictures", "f", "c", "mask"))
+        self.pictures, self.f = kept["pictures"], kept["f"]
+        self.c, self.mask = kept["c"], kept["mask"]
 
     def x(self, rows) -> torch.Tensor:
         return data.to_float(self.pictures[rows], self.pictures.device)
@@ -402,7 +409,8 @@ class Lab:
         self.scale, self.out, self.device = SCALES[scale], Path(out), data.pick_device(device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.encoder = data.load_image_encoder(data.TINY_IMAGE_ENCODER).to(self.device).requires_grad_(False)
+        encoder = data.load_image_encoder(data.TINY_IMAGE_ENCODER)
+        self.encoder = encoder.to(self.device).requires_grad_(False)
         self.alpha_bar = dit.noise_schedule(T, *BETAS).to(self.device)
         self.worlds, self.models = {}, {}
 
@@ -441,20 +449,22 @@ class Lab:
     def stage_1(self, space: Space, model: Autoencoder):
         """Projector and semantic decoder on frozen features (svae.py's loss), into `model`."""
         steps, batch, peak = self.scale.stage_1
-        parts, pictures = nn.ModuleList([model.projector, model.semantic_decoder]), self.world(space.lattice)
+        parts = nn.ModuleList([model.projector, model.semantic_decoder])
+        pictures = self.world(space.lattice)
 
         def loss_of(step):
             f = pictures.f[self.rows(space.seed, "lab 1", step, batch)]
             mu, log_var = model.projector(f)
-            z = psvae.reparameterize(mu, log_var, self.randn(space.seed, "lab 1", step, "eps", mu.shape))
+            eps = self.randn(space.seed, "lab 1", step, "eps", mu.shape)
+            z = psvae.reparameterize(mu, log_var, eps)
             f_hat = model.semantic_decoder(z)
             # Eq. 8: L_S-VAE = L_semantic + beta * L_KL
             loss = psvae.semantic_loss(f_hat, f) + space.beta * psvae.kl_divergence(mu, log_var)
             return loss + (cosine(f_hat, f) if space.semantic == "mse and cosine" else 0)
 
         first = replace(space, kind="svae")         # one stage 1 for all kinds that begin with it
-        fit(self.path("stage1", first), parts, [{"params": list(parts.parameters())}], steps, peak, loss_of,
-            self.device, say=f"stage 1 for {space.kind} seed {space.seed}")
+        fit(self.path("stage1", first), parts, [{"params": list(parts.parameters())}], steps, peak,
+            loss_of, self.device, say=f"stage 1 for {space.kind} seed {space.seed}")
 
     def autoencoder(self, space: Space) -> Autoencoder:
         """The trained encoder and decoders of a space, in eval mode; `.curve` holds (step, dB)."""
@@ -476,8 +486,10 @@ class Lab:
             rows = self.rows(space.seed, "lab 2", step, batch)
             x, f = pictures.x(rows), pictures.f[rows]
             mu, log_var = model.encode(x, f)
-            z = psvae.reparameterize(mu, log_var, self.randn(space.seed, "lab 2", step, "eps", mu.shape))
-            # Eq. 15 with this row's weights; beta grows over the first eighth, as in the tiny preset
+            eps = self.randn(space.seed, "lab 2", step, "eps", mu.shape)
+            z = psvae.reparameterize(mu, log_var, eps)
+            # Eq. 15 with this row's weights; beta grows over the first eighth, as in the tiny
+            # preset
             loss = psvae.pixel_loss(model.pixel_decoder(z), x)
             loss = loss + min(1, 8 * (step + 1) / most) * beta * psvae.kl_divergence(mu, log_var)
             if alpha:
@@ -492,8 +504,8 @@ class Lab:
             x = pictures.x(rows)
             return psnr(model.pixel_decoder(model.encode(x, pictures.f[rows])[0]), x).mean().item()
 
-        kept = fit(path, model, model.trained(), most, peak, loss_of, self.device, score=score, every=every,
-                   say=f"stage 2 {space.kind} seed {space.seed}")
+        kept = fit(path, model, model.trained(), most, peak, loss_of, self.device, score=score,
+                   every=every, say=f"stage 2 {space.kind} seed {space.seed}")
         model.seconds, model.curve, model.flat = kept["seconds"], kept["curve"], kept["flat"]
         self.models[space] = model.eval()
         return model
@@ -519,13 +531,15 @@ class Lab:
         """(model, snapshots, mean, std, seconds) of a DiT on the latents of a space."""
         steps, batch, peak = self.scale.stage_3
         if study.edits < 1:
-            steps = round(steps / (1 - study.edits))    # as many batches of drawing as without edits
+            steps = round(steps / (1 - study.edits))    # as many of drawing as without edits
         pictures = self.world(space.lattice)
         mu, log_var = self.posterior(space, slice(None))
-        flat, sigma2 = mu[pictures.train].double().flatten(0, 2), log_var[pictures.train].double().exp()
-        mean, std = flat.mean(0).float(), (flat.var(0) + sigma2.flatten(0, 2).mean(0)).sqrt().float()
+        flat = mu[pictures.train].double().flatten(0, 2)
+        sigma2 = log_var[pictures.train].double().exp().flatten(0, 2)
+        mean, std = flat.mean(0).float(), (flat.var(0) + sigma2.mean(0)).sqrt().float()
         torch.manual_seed(space.seed)
-        model = dit.DiT(GRID, mu.shape[-1], pictures.c.shape[-1], *self.scale.dit, whiten_text=study.whiten)
+        model = dit.DiT(GRID, mu.shape[-1], pictures.c.shape[-1], *self.scale.dit,
+                        whiten_text=study.whiten)
         if study.places == "noise":
             nn.init.normal_(model.position, std=0.02)
         if study.whiten:
@@ -548,16 +562,17 @@ class Lab:
             z_0 = (psvae.reparameterize(mu[rows], log_var[rows], noise("z_0")) - mean) / std
             text = torch.where((torch.rand(batch, generator=g) < 0.1).to(self.device), 0, text)
             c, mask = pictures.c[text].float(), pictures.mask[text]
-            return objective.loss(self, lambda z, t: model(z, t, c, mask, source), z_0, noise("eps"), g)
+            told = lambda z, t: model(z, t, c, mask, source)
+            return objective.loss(self, told, z_0, noise("eps"), g)
 
         marks = [max(1, round(share * steps)) for share in self.scale.marks]
-        kept = fit(self.path("stage3", space, study), model, [{"params": list(model.parameters())}], steps,
-                   peak, loss_of, self.device, decay=0.0, marks=marks,
+        kept = fit(self.path("stage3", space, study), model, [{"params": list(model.parameters())}],
+                   steps, peak, loss_of, self.device, decay=0.0, marks=marks,
                    say=f"stage 3 {study.predict} {space.kind} seed {space.seed}")
         return model.eval(), kept["snapshots"], mean, std, kept["seconds"]
 
     @torch.no_grad()
-    def generate(self, space: Space, study: Study, mark=None, edit=False, count=None) -> torch.Tensor:
+    def generate(self, space: Space, study: Study, mark=None, edit=False, count=None):
         """Latents for the first held-out prompts (or orders, with their sources)."""
         model, snapshots, mean, std, _ = self.dit(space, study)
         model.load_state_dict(snapshots[mark or max(snapshots)])
@@ -581,8 +596,8 @@ class Lab:
             x = pictures.x(pictures.test)
             x_hat, edge = self.decode(space, self.posterior(space, pictures.test)[0]), near_edges(x)
             part = lambda where: psnr(x_hat, x, where).nanmean().item()
-            return {"psnr": part(None), "edge": part(edge), "elsewhere": part(~edge), "curve": model.curve,
-                    "flat": model.flat, "seconds": model.seconds}
+            return {"psnr": part(None), "edge": part(edge), "elsewhere": part(~edge),
+                    "curve": model.curve, "flat": model.flat, "seconds": model.seconds}
         return self.kept("pixels", compute, space)
 
     def meaning(self, space: Space) -> dict:
@@ -593,7 +608,8 @@ class Lab:
             flat, train, test = mu.flatten(1).double().cpu(), pictures.train, pictures.test
             answers = lambda rows: {name: pictures.facts[rows, i].tolist()
                                     for i, name in enumerate(FACTS)}
-            result = pretrain_tiny.linear_read_out(flat[train], answers(train), flat[test], answers(test))
+            result = pretrain_tiny.linear_read_out(flat[train], answers(train),
+                                                   flat[test], answers(test))
             model = self.autoencoder(space)
             if space.kind in ("svae", "psvae"):
                 with torch.no_grad():
@@ -607,12 +623,14 @@ class Lab:
         return self.kept("meaning", compute, space)
 
     def drawn(self, space: Space, study: Study, edit=False) -> dict:
-        """{step: scores} of what the DiT draws; "mu": those of true pictures through the same decoder.
+        """{step: scores} of what the DiT draws; "mu": those of true pictures through the same
+        decoder.
 
-        right: the judge reads just what was asked for; unreadable: it reads nothing; facts: share of the
-        five facts that a picture comes nearest to; fd: Fréchet distance between frozen features (mean over
-        the cells) and those of training pictures; beside: distance of its features to the nearest
-        training picture's, less that of a true held-out picture, as a share of the features' spread.
+        right: the judge reads just what was asked for; unreadable: it reads nothing; facts: share
+        of the five facts that a picture comes nearest to; fd: Fréchet distance between frozen
+        features (mean over the cells) and those of training pictures; beside: distance of its
+        features to the nearest training picture's, less that of a true held-out picture, as a share
+        of the features' spread.
         """
         def compute():
             pictures, count = self.world(space.lattice), self.scale.prompts
@@ -621,16 +639,18 @@ class Lab:
             reference = pictures.f[pictures.train]
             spread = (reference - reference.mean(0)).flatten(1).norm(dim=1).mean()
             pooled = lambda f: f.mean((1, 2)).cpu().numpy()
-            away = lambda f: torch.cdist(f.flatten(1), reference.flatten(1)).min(1).values.mean() / spread
+            to_nearest = lambda f: torch.cdist(f.flatten(1), reference.flatten(1)).min(1).values
+            away = lambda f: to_nearest(f).mean() / spread
             floor = away(pictures.f[first:first + count])
 
             def score(z):
                 x = self.decode(space, z)
                 f, shown = self.features(x), data.to_uint8(x)
-                read = np.array([is_read_as(picture, scene) for picture, scene in zip(shown, scenes)])
+                read = np.array([is_read_as(*pair) for pair in zip(shown, scenes)])
                 near = np.array([nearest(picture) for picture in shown])
                 hits = (near == pictures.facts[first:first + count].numpy()).mean(0)
-                return {"right": float(read[:, 0].mean()), "unreadable": float(1 - read[:, 1].mean()),
+                return {"right": float(read[:, 0].mean()),
+                        "unreadable": float(1 - read[:, 1].mean()),
                         "facts": float(hits.mean()), **dict(zip(FACTS, hits.tolist())),
                         "fd": frechet_distance(pooled(f), pooled(reference)),
                         "beside": (away(f) - floor).item(), "each": read[:, 0].tolist()}
@@ -660,8 +680,8 @@ class Diffusion:
     @classmethod
     def sample(cls, lab, model, z_T, c, mask, source, generators):
         steps, guidance, eta = lab.scale.sampler
-        return ddim(model, z_T, c, mask, lab.alpha_bar, sampling_times(T, steps), guidance, 1.5, eta, source,
-                    generators, predict=cls.predict)
+        return ddim(model, z_T, c, mask, lab.alpha_bar, sampling_times(T, steps), guidance, 1.5,
+                    eta, source, generators, predict=cls.predict)
 
 
 class Velocity(Diffusion):
@@ -679,7 +699,8 @@ class Flow:
 
     @staticmethod
     def loss(lab, model, z_0, eps, g):
-        t = Flow.shifted(torch.sigmoid(torch.randn(len(z_0), generator=g)), z_0.shape[-1]).to(z_0.device)
+        t = torch.sigmoid(torch.randn(len(z_0), generator=g))
+        t = Flow.shifted(t, z_0.shape[-1]).to(z_0.device)
         at = t.view(-1, 1, 1, 1)
         return F.mse_loss(model((1 - at) * z_0 + at * eps, T * t), eps - z_0)
 

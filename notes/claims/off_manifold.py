@@ -1,22 +1,23 @@
-"""off_manifold.py - Eq. 1, the guide's Problem 1: does a diffusion model fall beside data that fill only a
-thin sheet of its space, and does a small KL autoencoder help?
+"""off_manifold.py - Eq. 1, the guide's Problem 1: does a diffusion model fall beside data that fill
+only a thin sheet of its space, and does a small KL autoencoder help?
 
-The paper's toy. Points in the shape of the letters "PS" are embedded in R^D by an orthonormal Q, x = Q y. The
-same 256-wide network learns to draw y in R^2, x in R^D, or the latent of an autoencoder of x, with this
-project's own objective (noise_schedule, add_noise, dit_loss of dit.py) and sampler (ddim_step of sample.py).
+The paper's toy. Points in the shape of the letters "PS" are embedded in R^D by an orthonormal Q, x
+= Q y. The same 256-wide network learns to draw y in R^2, x in R^D, or the latent of an autoencoder
+of x, with this project's own objective (noise_schedule, add_noise, dit_loss of dit.py) and sampler
+(ddim_step of sample.py).
 
-    python notes/claims/off_manifold.py           every run below, 3 seeds; prints the tables. Killed, it goes on
-    python notes/claims/off_manifold.py --page    the same into notes/claims/off_manifold.md and .png (matplotlib)
-    python notes/claims/off_manifold.py --report  trains nothing more: tables and figure of what is there
+    python notes/claims/off_manifold.py           every run below, 3 seeds; killed, it goes on
+    python notes/claims/off_manifold.py --page    the same into off_manifold.md and .png
+    python notes/claims/off_manifold.py --report  trains nothing more: shows what is there
     python notes/claims/off_manifold.py --quick   a few seconds, to see that it works
 
     raw D        x as it is: in the sheet's plane the same ratio of signal to noise as in R^2
-    scaled D     every channel of x to variance 1, as dit.py does with latents: D / 2 times the signal
-    latent       svae.py's SVAE, Eq. 5 to 11, on the scaled x; diffusion on its z, scaled, as in stage 3
-    residual D   raw, but each hidden layer of the network adds to its input: is it the space or the network?
+    scaled D     every channel of x to variance 1, as in dit.py: D / 2 times the signal
+    latent       svae.py's SVAE, Eq. 5 to 11, on the scaled x; diffusion on its scaled z
+    residual D   raw, but each hidden layer adds to its input: is it the space or the network?
 
 What is measured, in units of the letters' standard deviation, on points sent back to R^D:
-    beside       distance to the sheet, |x - Q Q^T x|, which projecting back (the paper's figure) does not see
+    beside       distance to the sheet, |x - Q Q^T x|, which projecting back does not see
     nearest      distance of Q^T x to the nearest of 10,000 true points
     both         distance of x to the nearest true point in R^D
 each as the mean over all points and over the worst 5 %.
@@ -37,11 +38,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                                       # noqa: E402
-import dit                                                                                        # noqa: E402
-import svae                                                                                       # noqa: E402
-from notes.claims.claims import into_page, pyplot, spread, table                                  # noqa: E402
-from sample import ddim_step, sampling_times                                                      # noqa: E402
+import data  # noqa: E402
+import dit  # noqa: E402
+import svae  # noqa: E402
+from notes import curves  # noqa: E402
+from notes.claims.claims import into_page, pyplot, spread, table  # noqa: E402
+from sample import ddim_step, sampling_times  # noqa: E402
 
 WIDTH = 256             # of the network, as in the paper
 LEARNING_RATE = 1e-3    # AdamW, constant: an error after n steps is then that of a run of n steps
@@ -67,8 +69,8 @@ class Config:
     quick: bool = False                     # a few steps, one seed, D = 8
 
     def __post_init__(self):
-        data.check(self, dims=(3, 4096), steps=(16, 1e7), autoencoder_steps=(1, 1e7), batch=(2, 1e6),
-                   drawn=(20, 1e6), seeds=(1, 1000))
+        data.check(self, dims=(3, 4096), steps=(16, 1e7), autoencoder_steps=(1, 1e7),
+                   batch=(2, 1e6), drawn=(20, 1e6), seeds=(1, 1000))
 
 
 @dataclass(frozen=True)
@@ -102,26 +104,27 @@ def variants(cfg: Config) -> list[Variant]:
 def in_order(name: str) -> tuple:
     """For tables: raw, scaled, residual, latent, each by dimension."""
     kind, number, *rest = name.replace(",", "").split()
-    dim = int(rest[1]) if rest else int(number)                             # "latent 2 of 8, …" or "raw 8"
+    dim = int(rest[1]) if rest else int(number)             # "latent 2 of 8, …" or "raw 8"
     return ["raw", "scaled", "residual", "latent"].index(kind), dim, -int(number)
 
 
-# --- Data ---------------------------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
 class Letters:
     """Uniform on the ink of "PS", each of the two axes with mean 0 and variance 1."""
 
     def __init__(self, height: int = 160):
         image = Image.new("L", (2 * height, 2 * height))
-        ImageDraw.Draw(image).text((height // 4, height // 8), "PS", 255, ImageFont.load_default(height),
-                                   stroke_width=height // 40)
+        ImageDraw.Draw(image).text((height // 4, height // 8), "PS", 255,
+                                   ImageFont.load_default(height), stroke_width=height // 40)
         ink = torch.from_numpy(np.argwhere(np.asarray(image) > 127)[:, ::-1].copy()).float()
         ink[:, 1] *= -1                                     # pixels count downwards
         self.ink, self.mean, self.std = ink, ink.mean(0), ink.std(0)
 
     def __call__(self, n: int, g: torch.Generator) -> torch.Tensor:
         """(n, 2): a pixel of the ink, and a place inside the pixel."""
-        y = self.ink[torch.randint(len(self.ink), (n,), generator=g)] + torch.rand(n, 2, generator=g) - 0.5
+        y = self.ink[torch.randint(len(self.ink), (n,), generator=g)]
+        y = y + torch.rand(n, 2, generator=g) - 0.5
         return (y - self.mean) / self.std
 
 
@@ -130,7 +133,7 @@ def embedding(dim: int, g: torch.Generator) -> torch.Tensor:
     return torch.eye(2) if dim == 2 else torch.linalg.qr(torch.randn(dim, 2, generator=g))[0]
 
 
-# --- The diffusion model ------------------------------------------------------------------------------------
+# --- The diffusion model --------------------------------------------------------------------------
 
 class Denoiser(nn.Module):
     """eps_hat (B, d) from z_t (B, d) and t (B,). Only the first and the last layer know d."""
@@ -155,7 +158,8 @@ def schedule() -> torch.Tensor:
 
 
 def learn_to_denoise(draw_z_0, d: int, residual: bool, cfg: Config, seed: int):
-    """Trains on draw_z_0(n, generator) -> (n, d); yields (steps, averaged model) five times on the way."""
+    """Trains on draw_z_0(n, generator) -> (n, d); yields (steps, averaged model) five times on the
+    way."""
     torch.manual_seed(seed)
     model, average, alpha_bar = Denoiser(d, residual), Denoiser(d, residual), schedule()
     average.load_state_dict(model.state_dict())
@@ -192,18 +196,16 @@ def draw(model: Denoiser, n: int, d: int, seed: int) -> torch.Tensor:
     return z_t
 
 
-# --- The spaces it works in ---------------------------------------------------------------------------------
-
-def statistics_of(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return z.mean(0), z.var(0)
-
+# --- The spaces it works in -----------------------------------------------------------------------
 
 def space(variant: Variant, Q: torch.Tensor, letters: Letters, cfg: Config, seed: int):
-    """(draw_z_0, back, dimension): points of the space that the diffusion model works in, and back to R^D."""
+    """(draw_z_0, back, dimension): points of the space that the diffusion model works in, and back
+    to R^D."""
     g = data.generator(seed, "off_manifold", 0, "statistics")
     if not variant.scaled and not variant.z_dim:
         return lambda n, g: letters(n, g) @ Q.T, lambda z: z, variant.dim
-    x_mean, x_variance = statistics_of(letters(TRUE, g) @ Q.T)
+    x = letters(TRUE, g) @ Q.T
+    x_mean, x_variance = x.mean(0), x.var(0)
     draw_x = lambda n, g: dit.normalise(letters(n, g) @ Q.T, x_mean, x_variance)
     unscale = lambda x: x * x_variance.sqrt() + x_mean
     if variant.scaled:
@@ -216,8 +218,10 @@ def space(variant: Variant, Q: torch.Tensor, letters: Letters, cfg: Config, seed
         mu, log_var = model.projector(draw_x(n, g))
         return svae.reparameterize(mu, log_var, torch.randn(mu.shape, generator=g))
 
-    z_mean, z_variance = statistics_of(draw_z(TRUE, g))
-    decode = torch.no_grad()(lambda z: unscale(model.semantic_decoder(z * z_variance.sqrt() + z_mean)))
+    z = draw_z(TRUE, g)
+    z_mean, z_variance = z.mean(0), z.var(0)
+    z_back = lambda z: model.semantic_decoder(z * z_variance.sqrt() + z_mean)
+    decode = torch.no_grad()(lambda z: unscale(z_back(z)))
     return lambda n, g: dit.normalise(draw_z(n, g), z_mean, z_variance), decode, variant.z_dim
 
 
@@ -238,7 +242,7 @@ def train_autoencoder(draw_x, variant: Variant, cfg: Config, seed: int) -> svae.
     return model.eval()
 
 
-# --- Errors -------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 def errors(x: torch.Tensor, Q: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
     """MEASURES of points x (n, D) beside a sheet spanned by Q (D, 2) with true points (m, 2)."""
@@ -253,7 +257,8 @@ def errors(x: torch.Tensor, Q: torch.Tensor, true: torch.Tensor) -> dict[str, fl
 
 
 def measure(variant: Variant, cfg: Config, seed: int, letters: Letters) -> dict:
-    """One run: errors after each milestone, and of true points there and back ("floor"); some points."""
+    """One run: errors after each milestone, and of true points there and back ("floor"); some
+    points."""
     began = time.perf_counter()
     Q = embedding(variant.dim, data.generator(seed, "off_manifold", variant.dim, "Q"))
     true = letters(TRUE, data.generator(seed, "off_manifold", 0, "true"))
@@ -269,19 +274,22 @@ def measure(variant: Variant, cfg: Config, seed: int, letters: Letters) -> dict:
                   "seconds": round(time.perf_counter() - began, 1)}
 
 
-# --- Tables and figure --------------------------------------------------------------------------------------
+# --- Tables and figure ----------------------------------------------------------------------------
 
 def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     """runs: by the name of a variant, one for each seed that is there."""
-    at = lambda name, step, measure: spread([run["steps"][str(step)][measure] for run in runs[name]], "{:.3f}")
-    floor = lambda name, measure: spread([run["floor"][measure] for run in runs[name]], "{:.3f}")
+    said = lambda errors, measure: spread([one[measure] for one in errors], "{:.3f}")
+    at = lambda name, step, what: said([run["steps"][str(step)] for run in runs[name]], what)
+    floor = lambda name, what: said([run["floor"] for run in runs[name]], what)
     first = sorted((v.name for v in variants(cfg)[:FIRST] if v.name in runs), key=in_order)
     parts = []
-    for measure, title in (("nearest_worst", "Distance to the nearest true point after projecting back"),
-                           ("beside_worst", "Distance to the sheet")):
+    heads = ["space", *(f"{step:,} steps" for step in milestones(cfg)),
+             "true points, there and back"]
+    for measure, title in (
+            ("nearest_worst", "Distance to the nearest true point after projecting back"),
+            ("beside_worst", "Distance to the sheet")):
         rows = [[name, *(at(name, step, measure) for step in milestones(cfg)), floor(name, measure)]
                 for name in first]
-        heads = ["space", *(f"{step:,} steps" for step in milestones(cfg)), "true points, there and back"]
         parts.append(f"{title}, worst 5 %, as training goes on:\n\n{table(heads, rows)}")
     columns = ("beside", "beside_worst", "nearest", "nearest_worst", "both_worst")
     heads = ["space", *(name.replace("_worst", ", worst 5 %") for name in columns), "seeds"]
@@ -290,8 +298,8 @@ def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     parts.append(f"Every space after {cfg.steps:,} steps:\n\n{table(heads, rows)}")
     seconds = [run["seconds"] for seeds in runs.values() for run in seeds]
     parts.append(f"± is the standard deviation over seeds. {len(seconds)} runs of "
-                 f"{statistics.median(seconds):.0f} s (median), {sum(seconds) / 60:.0f} minutes in all; "
-                 f"{torch.get_num_threads()} thread(s), torch {torch.__version__}.")
+                 f"{statistics.median(seconds):.0f} s (median), {sum(seconds) / 60:.0f} minutes in "
+                 f"all; {torch.get_num_threads()} thread(s), torch {torch.__version__}.")
     return "\n\n".join(parts)
 
 
@@ -319,7 +327,8 @@ def figure(runs: dict[str, list[dict]], cfg: Config, path: Path):
         shown = [name for name in names if measure == "nearest_worst" or name != "raw 2"]
         axes = sheet.add_subplot(2, 4, 5 + i)
         for name in sorted(set(shown) & set(first[:4]), key=in_order):
-            curve(axes, milestones(cfg), [(name, step) for step in milestones(cfg)], runs, measure, name)
+            points = [(name, step) for step in milestones(cfg)]
+            curve(axes, milestones(cfg), points, runs, measure, name)
         axes.set(xscale="log", yscale="log", xlabel="training steps", title=title)
         axes.set_xticks(milestones(cfg), [str(step) for step in milestones(cfg)])
         axes.minorticks_off()
@@ -333,19 +342,17 @@ def figure(runs: dict[str, list[dict]], cfg: Config, path: Path):
         axes.set_xticks([2, *cfg.dims], [str(d) for d in (2, *cfg.dims)])
         axes.minorticks_off()
         axes.legend(fontsize=7)
-    with data.atomic(path) as partial:
-        sheet.savefig(partial, dpi=90, format="png")
-    plt.close(sheet)
-    print(f"wrote {path}")
+    curves.save(sheet, path)
 
 
 def curve(axes, x: list[int], points: list[tuple], runs: dict, measure: str, label: str):
-    """points: (name of a variant, training steps); error bars are the standard deviation over seeds."""
+    """points: (name of a variant, training steps); error bars are the standard deviation over
+    seeds."""
     values = [[run["steps"][str(step)][measure] for run in runs[name]] for name, step in points]
     spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-    colour = "gray" if label == "raw 2" else {"raw": "C0", "scaled": "C1", "latent": "C2"}[label.split()[0]]
-    axes.errorbar(x, [statistics.fmean(v) for v in values], spread, marker="o", ms=3, capsize=2, label=label,
-                  color=colour)
+    colours = {"raw": "C0", "scaled": "C1", "latent": "C2"}
+    axes.errorbar(x, [statistics.fmean(v) for v in values], spread, marker="o", ms=3, capsize=2,
+                  label=label, color="gray" if label == "raw 2" else colours[label.split()[0]])
 
 
 @data.program
@@ -370,8 +377,8 @@ def main(argv: list[str] | None = None):
             run = kept[key]
             runs.setdefault(variant.name, []).append(run)
             last = run["steps"][str(cfg.steps)]
-            print(f"{variant.name}, seed {seed}: worst 5 %: beside {last['beside_worst']:.3f}, nearest "
-                  f"{last['nearest_worst']:.3f}; {run['seconds']:.0f} s", flush=True)
+            print(f"{variant.name}, seed {seed}: worst 5 %: beside {last['beside_worst']:.3f}, "
+                  f"nearest {last['nearest_worst']:.3f}; {run['seconds']:.0f} s", flush=True)
     if not runs:
         raise data.UserError(f"--report: nothing of these settings is in {out}.")
     runs = {name: runs[name] for name in sorted(runs, key=in_order)}

@@ -1,15 +1,16 @@
-"""Eq. 21, 33, 34: what noise schedule, DDIM steps, eta and guidance do to the pictures of a trained model.
+"""Eq. 21, 33, 34: what noise schedule, DDIM steps, eta and guidance do to the pictures of a trained
+model.
 
     python notes/claims/schedule.py                     the model that sample.py would take
     python notes/claims/schedule.py --model out_linear  another one, of either schedule
-    python notes/claims/schedule.py --page              the same into schedule.md and .png (matplotlib)
+    python notes/claims/schedule.py --page              the same into schedule.md and .png
     python notes/claims/schedule.py --quick             a few seconds, to see that it works
 
 Prompts are those of geneval.py, spread evenly over its tasks. What is measured:
     right        share of pictures in which the judge finds what the prompt says
     unreadable   share of pictures that the judge cannot read
-    change       root mean square difference, of 255 grey levels, from the picture that the same noise gives
-                 after the most steps: what fewer steps cost (where the path is the same: eta 0)
+    change       root mean square difference, of 255 grey levels, from the picture that the same
+                 noise gives after the most steps: what fewer steps cost (at eta 0)
 """
 
 import sys
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                              # noqa: E402
-from dit import add_noise, dit_loss, noise_schedule, normalise, v_of                     # noqa: E402
-from notes.claims.claims import into_page, pyplot, spread, table                         # noqa: E402
-from notes.world import geneval, judge, world                                            # noqa: E402
-from sample import PRESETS, Pipeline, ddim, draw, find_model, sampling_times             # noqa: E402
-from sample import Config as SampleConfig                                                # noqa: E402
+import data  # noqa: E402
+from dit import add_noise, dit_loss, noise_schedule, normalise, v_of  # noqa: E402
+from notes import curves as drawing  # noqa: E402
+from notes.claims.claims import into_page, pyplot, spread, table  # noqa: E402
+from notes.world import geneval, judge, world  # noqa: E402
+from sample import PRESETS, Pipeline, ddim, draw, find_model, sampling_times  # noqa: E402
+from sample import Config as SampleConfig  # noqa: E402
 
 SCHEDULES = ("scaled_linear", "linear")
 NOISE_LEVELS = 40       # values of t at which Eq. 32 is measured
@@ -37,7 +39,7 @@ GUIDANCES = (1.0, 1.5, 3.0, 7.5, 15.0)
 
 @dataclass(frozen=True)
 class Config:
-    model: str = ""                         # folder of psvae.pt and dit.pt; default: out or the shipped one
+    model: str = ""                         # folder of the model; default: out or the shipped one
     prompts: int = 40                       # of geneval.py's 553
     seeds: int = 3                          # noises: each draws every prompt once
     steps: tuple[int, ...] = (5, 10, 25, 50, 100, 250)  # DDIM steps
@@ -64,7 +66,8 @@ class Setting:
 
 
 def choose_prompts(n: int) -> list[dict]:
-    """n of geneval.py's, evenly over its tasks; none with a held-out pair, which true pictures may lack."""
+    """n of geneval.py's, evenly over its tasks; none with a held-out pair, which true pictures may
+    lack."""
     rows = [row for row in geneval.prompts() if not row["heldout"]]
     return [rows[i * len(rows) // n] for i in range(n)]
 
@@ -72,13 +75,16 @@ def choose_prompts(n: int) -> list[dict]:
 # --- The schedules --------------------------------------------------------------------------------
 
 def alpha_bar_of(pipeline: Pipeline, schedule: str) -> torch.Tensor:
-    return noise_schedule(*(pipeline.config[name] for name in ("T", "beta_start", "beta_end")), schedule)
+    settings = (pipeline.config[name] for name in ("T", "beta_start", "beta_end"))
+    return noise_schedule(*settings, schedule)
 
 
 def times_like(pipeline: Pipeline, schedule: str, steps: int) -> tuple[int, ...]:
-    """The model's own times whose alpha_bar is nearest to those at which another schedule would sample.
+    """The model's own times whose alpha_bar is nearest to those at which another schedule would
+    sample.
 
-    A trained model cannot change its schedule, but it can be sampled at the noise levels of another.
+    A trained model cannot change its schedule, but it can be sampled at the noise levels of
+    another.
     """
     wanted = alpha_bar_of(pipeline, schedule)[sampling_times(pipeline.config["T"], steps)]
     times = (logit(pipeline.alpha_bar)[None] - logit(wanted)[:, None]).abs().argmin(1).tolist()
@@ -100,21 +106,22 @@ def loss_by_noise(pipeline: Pipeline, prompts: list[dict]):
     x = data.to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2), pipeline.device)
     z_0 = normalise(pipeline.psvae.encode(x)[0], pipeline.mean, pipeline.variance)
     c, mask = pipeline.text_encoder([prompt["text"] for prompt in prompts])
-    times, alpha_bar = torch.linspace(1, pipeline.config["T"], NOISE_LEVELS).round().long().unique(), \
-        pipeline.alpha_bar.to(z_0.device)
-    losses = []
+    times = torch.linspace(1, pipeline.config["T"], NOISE_LEVELS).round().long().unique()
+    alpha_bar, losses = pipeline.alpha_bar.to(z_0.device), []
     for t in times:
         g = data.generator(0, "schedule", int(t), "eps")
         eps = torch.randn(z_0.shape, generator=g).to(z_0.device)
         t = torch.full((len(z_0),), int(t), device=z_0.device)
         target = v_of(z_0, t, eps, alpha_bar) if pipeline.config["predict"] == "v" else eps
-        losses.append(dit_loss(target, pipeline.dit(add_noise(z_0, t, eps, alpha_bar), t, c, mask)).cpu())
+        prediction = pipeline.dit(add_noise(z_0, t, eps, alpha_bar), t, c, mask)
+        losses.append(dit_loss(target, prediction).cpu())
     return times, torch.stack(losses).double()
 
 
 def schedule_table(pipeline: Pipeline, times: torch.Tensor, losses: torch.Tensor) -> str:
-    """What either schedule asks of training, and what this model's loss would be at the noise it draws."""
-    rows, own_levels = [], logit(pipeline.alpha_bar[times]).flip(0).numpy()     # increasing, for np.interp
+    """What either schedule asks of training, and what this model's loss would be at the noise it
+    draws."""
+    rows, own_levels = [], logit(pipeline.alpha_bar[times]).flip(0).numpy()     # increasing
     for schedule in SCHEDULES:
         alpha_bar = alpha_bar_of(pipeline, schedule)[1:]
         mean = np.interp(logit(alpha_bar).numpy(), own_levels, losses.flip(0).numpy()).mean()
@@ -122,8 +129,8 @@ def schedule_table(pipeline: Pipeline, times: torch.Tensor, losses: torch.Tensor
         mine = " (this model's)" if schedule == pipeline.config["schedule"] else ""
         rows.append([schedule.replace("_", " ") + mine, f"{alpha_bar[-1]:.1e}", share(0.9, 1),
                      share(0.1, 0.9), share(0, 0.1), f"{mean:.4f}"])
-    return table(["schedule", "alpha_bar at T", "t with alpha_bar over 0.9", "0.1 to 0.9", "under 0.1",
-                  "Eq. 32 over its t, this model"], rows)
+    return table(["schedule", "alpha_bar at T", "t with alpha_bar over 0.9", "0.1 to 0.9",
+                  "under 0.1", "Eq. 32 over its t, this model"], rows)
 
 
 # --- Drawing and measuring ------------------------------------------------------------------------
@@ -142,16 +149,17 @@ def settings(pipeline: Pipeline, cfg: Config, guidance: float) -> list[Setting]:
 
 
 @torch.no_grad()
-def draw_all(pipeline: Pipeline, texts: list[str], seed: int, how: Setting, batch: int) -> np.ndarray:
+def draw_all(pipeline: Pipeline, texts: list[str], seed: int, how: Setting, batch: int):
     """Pipeline.__call__ at times of our own, from the noise of (seed, number)."""
     pictures = []
     for start in range(0, len(texts), batch):
         some = texts[start:start + batch]
         c, mask = pipeline.text_encoder([*some, *[""] * len(some)])
         generators = [data.generator(seed, "schedule", start + i, "z_T") for i in range(len(some))]
-        z_T = draw(generators, torch.empty(len(some), *pipeline.latent_shape, device=pipeline.device))
-        z_0 = ddim(pipeline.dit, z_T, c, mask, pipeline.alpha_bar, how.times, how.guidance, eta=how.eta,
-                   generators=generators, predict=pipeline.config["predict"])
+        shape = (len(some), *pipeline.latent_shape)
+        z_T = draw(generators, torch.empty(shape, device=pipeline.device))
+        z_0 = ddim(pipeline.dit, z_T, c, mask, pipeline.alpha_bar, how.times, how.guidance,
+                   eta=how.eta, generators=generators, predict=pipeline.config["predict"])
         pictures.append(pipeline.decode(z_0))
     return np.concatenate(pictures)
 
@@ -166,7 +174,8 @@ def measure(pipeline: Pipeline, prompts: list[dict], rows: list[Setting], cfg: C
         most = most or drawn
         for pictures, best in zip(drawn, most):
             facts = [judge.read(picture) for picture in pictures]
-            one = {"right": np.mean([judge.check(f, p["requirement"]) for f, p in zip(facts, prompts)]),
+            one = {"right": np.mean([judge.check(f, p["requirement"])
+                                     for f, p in zip(facts, prompts)]),
                    "unreadable": np.mean([f is None for f in facts])}
             if row.group in ("steps", "spacing") and row.x < rows[0].x:
                 one["change"] = np.sqrt(np.mean((pictures.astype(float) - best) ** 2))
@@ -193,7 +202,8 @@ def figure(results: dict, film: list, losses: tuple, pipeline: Pipeline, path: P
     groups = {group: sorted((row for row in results if row.group == group), key=lambda row: row.x)
               for group in ("steps", "eta", "guidance")}
     strips = [[(f"t = {t}", frame[0]) for t, frame in film]]
-    strips += [[(row.name, results[row]["pictures"][0]) for row in rows] for rows in groups.values()]
+    strips += [[(row.name, results[row]["pictures"][0]) for row in rows]
+               for rows in groups.values()]
     columns = max(map(len, strips))
     sheet = plt.figure(figsize=(1.3 * columns, 1.6 * len(strips) + 3), layout="constrained")
     above, below = sheet.subfigures(2, 1, height_ratios=(1.6 * len(strips), 3))
@@ -206,16 +216,14 @@ def figure(results: dict, film: list, losses: tuple, pipeline: Pipeline, path: P
     *curves, last = below.subplots(1, 4)
     for axes, (group, rows) in zip(curves, groups.items()):
         right = np.array([results[row]["right"] for row in rows])
-        axes.errorbar([row.x for row in rows], 100 * right.mean(1), 100 * right.std(1), marker="o", capsize=2)
+        axes.errorbar([row.x for row in rows], 100 * right.mean(1), 100 * right.std(1), marker="o",
+                      capsize=2)
         axes.set(xlabel=group, title="right by the judge, %", ylim=(0, 105),
                  xscale="linear" if group == "eta" else "log")
     times, values = losses
     last.plot(logit(pipeline.alpha_bar[times]), values, "k-")
     last.set(xlabel="log of signal to noise", title="Eq. 32, this model")
-    with data.atomic(path) as partial:
-        sheet.savefig(partial, dpi=100, format="png")
-    plt.close(sheet)
-    print(f"wrote {path}")
+    drawing.save(sheet, path)
 
 
 @data.program
@@ -226,18 +234,19 @@ def main(argv: list[str] | None = None):
     began, folder = time.perf_counter(), find_model(cfg.model)
     pipeline = Pipeline(folder, data.pick_device(cfg.device))
     if pipeline.size != world.CANVAS:
-        raise data.UserError(f"{folder} draws pictures of {pipeline.size} px; the judge reads those of "
-                             f"{world.CANVAS}.")
+        raise data.UserError(f"{folder} draws pictures of {pipeline.size} px; the judge reads "
+                             f"those of {world.CANVAS}.")
     guidance = PRESETS.get(pipeline.config["preset"], {}).get("guidance", SampleConfig.guidance)
     prompts = choose_prompts(cfg.prompts)
     losses = loss_by_noise(pipeline, prompts)
     results = measure(pipeline, prompts, settings(pipeline, cfg, guidance), cfg)
     text = "\n\n".join((
-        f"{folder.name}, {pipeline.step:,} steps, {pipeline.config['schedule'].replace('_', ' ')} schedule. "
-        f"{cfg.prompts} prompts, {cfg.seeds} seeds (± is the standard deviation over them), guidance "
-        f"{guidance:g} and eta 0 unless said.", schedule_table(pipeline, *losses), *result_tables(results),
-        f"{(time.perf_counter() - began) / 60:.1f} minutes, {torch.get_num_threads()} thread(s), torch "
-        f"{torch.__version__}, {pipeline.device}."))
+        f"{folder.name}, {pipeline.step:,} steps, {pipeline.config['schedule'].replace('_', ' ')} "
+        f"schedule. {cfg.prompts} prompts, {cfg.seeds} seeds (± is the standard deviation over "
+        f"them), guidance {guidance:g} and eta 0 unless said.",
+        schedule_table(pipeline, *losses), *result_tables(results),
+        f"{(time.perf_counter() - began) / 60:.1f} minutes, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}, {pipeline.device}."))
     print(f"\n{text}\n")
     film: list = []
     pipeline([prompts[0]["text"]], [0], guidance=guidance, film=film,

@@ -2,7 +2,10 @@
 
     python notes/reading/build.py                 text and pictures, a minute on two cores
     python notes/reading/build.py --text          text alone, seconds; the pictures stay
-    python notes/reading/build.py --screenshot    also page.png, with chromium and playwright
+page.png of the README is a screenshot, by any browser that has no window:
+
+    chromium --headless --force-prefers-reduced-motion --window-size=1280,720 \\
+        --screenshot=notes/reading/page.png "file://$PWD/notes/reading/index.html#eq-22"
 
 Nothing on the page is copied by hand: formulas, meanings, functions and tests come from
 notes/equations.md, code from the files (by function name and `# Eq. n` mark), pictures from the
@@ -13,7 +16,6 @@ whether the page is up to date. A formula that is new needs latex2mathml (pip in
 import argparse
 import ast
 import base64
-import copy
 import functools
 import html
 import io
@@ -28,12 +30,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
+import torch
+from PIL import Image
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, Operator, String
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import dit  # noqa: E402
+import sample  # noqa: E402
+from notes.world import world  # noqa: E402
+
 PAGE, EQUATIONS = HERE / "index.html", ROOT / "notes/equations.md"
 UNMARKED = {"1", "3"}                       # claims: shown is what measures them
 LONG = 60                                   # lines; of more, only the block around the equation
@@ -44,9 +54,10 @@ class Stale(Exception):
     """The page's sources do not fit together; says which line of which file."""
 
 
-# --------------------------------------------------------------------------------------------------
-# notes/equations.md
-# --------------------------------------------------------------------------------------------------
+# --- notes/equations.md ---------------------------------------------------------------------------
+
+def anchor_of(key: str) -> str:
+    return f"eq-{key}" if key.isdigit() else key
 
 
 @dataclass
@@ -62,7 +73,7 @@ class Row:
 
     @property
     def anchor(self) -> str:
-        return f"eq-{self.key}" if self.key.isdigit() else self.key
+        return anchor_of(self.key)
 
 
 @dataclass
@@ -94,12 +105,8 @@ def table(lines: list[str]) -> list[list[str]]:
     return [row for row in rows if not set("".join(row)) <= set("-: ")][1:]
 
 
-def ticked(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
-
-
-def dollars(cell: str) -> list[str]:
-    return re.findall(r"\$([^$]+)\$", cell)
+def ticked(cell: str, mark: str = "`") -> list[str]:
+    return re.findall(f"[{mark}]([^{mark}]+)[{mark}]", cell)
 
 
 def read_equations() -> list[Section]:
@@ -120,13 +127,13 @@ def read_equations() -> list[Section]:
                 raise Stale(f"{EQUATIONS.name}: Eq. {number} has two formulas, or no line in the "
                             f"first table")
             plain, words, where, test = said.pop(number)
-            section.items.append(Row(number, name, dollars(formula), plain, words, where, test,
+            section.items.append(Row(number, name, ticked(formula, "$"), plain, words, where, test,
                                      shapes))
         sections.append(section)
     if said:
         raise Stale(f"{EQUATIONS.name}: Eq. {', '.join(said)} have no formula")
     for after, key, name, formula, words, where, test in table(extra.splitlines()):
-        insert(sections, after, Row(key, name, dollars(formula), "", words, ticked(where),
+        insert(sections, after, Row(key, name, ticked(formula, "$"), "", words, ticked(where),
                                     ticked(test)[0].rstrip("*")))
     blocks = re.findall(r"^`([\w.]+)`, after (\S+): ([^\n]*)\n+```\n(.*?)```", loops,
                         flags=re.M | re.S)
@@ -144,7 +151,7 @@ def read_equations() -> list[Section]:
 def read_questions() -> list[tuple[str, str]]:
     """(question, anchor of its answer)."""
     found = re.findall(r"^- (.*\?) \((\w+)\)$", EQUATIONS.read_text(encoding="utf-8"), flags=re.M)
-    return [(question, f"eq-{key}" if key.isdigit() else key) for question, key in found]
+    return [(question, anchor_of(key)) for question, key in found]
 
 
 def insert(sections: list[Section], after: str, item):
@@ -158,10 +165,7 @@ def insert(sections: list[Section], after: str, item):
     raise Stale(f"{EQUATIONS.name}: nothing has the key {after!r}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The files: functions by name, equations by their marks
-# --------------------------------------------------------------------------------------------------
-
+# --- The files: functions by name, equations by their marks ---------------------------------------
 
 class Source:
     """A Python file as lines, as a tree and as coloured tokens."""
@@ -178,11 +182,8 @@ class Source:
         """The function or class of a dotted name."""
         node = self.tree
         for part in name.split("."):
-            for child in node.body:
-                if getattr(child, "name", None) == part:
-                    node = child
-                    break
-            else:
+            node = next((child for child in node.body if getattr(child, "name", "") == part), None)
+            if node is None:
                 raise Stale(f"{self.name} has no {name}, but {EQUATIONS.name} names it")
         return node
 
@@ -245,80 +246,48 @@ def locate(where: str):
     return source(file + ".py"), name, source(file + ".py").find(name)
 
 
-# --------------------------------------------------------------------------------------------------
-# Symbols, in formulas and in code
-# --------------------------------------------------------------------------------------------------
+# --- Symbols, in formulas and in code -------------------------------------------------------------
 
 # key: as it reads in a formula | names in the code
-SYMBOLS = {key: (formula.split(), code.split()) for key, formula, code in (
-    line.split("|") for line in re.sub(r" *\| *", "|", """
-x | x x_ijc | x x_part
-x_hat | x^ x^_ijc | x_hat
-f | f f_ijk f_i | f
-f_hat | f^ f^_ijk | f_hat
-f_plus | f_j^+ | f_plus
-f_target | f^target | f_target
-tau | τ | tau
-mu | μ μ_i^2 | mu
-log_var | logσ^2 logσ_i^2 | log_var
-sigma | σ σ_i^2 | exp
-eps | ε | eps eps_part
-eps_hat | ε_θ | eps_hat
-eps_theta | ε_θ | eps
-z | z z_t | z
-z_0 | z_0 | z_0
-z_t | z_t | z_t
-z_prev | z_t−1 | z_prev
-v_pred | v_θ | v
-signal | √α¯_t | signal
-z_t_mean | √α¯_tz_0 | mean
-deviation | √1−α¯_t | deviation
-target | ε | target
-prediction | ε_θ | prediction
-linear | Linear | linear
+SYMBOLS = {}
+for line in re.split(r"[;\n]+", """
+x | x x_ijc | x x_part                        ; x_hat | x^ x^_ijc | x_hat
+f | f f_ijk f_i | f                           ; f_hat | f^ f^_ijk | f_hat
+f_plus | f_j^+ | f_plus                       ; f_target | f^target | f_target
+tau | τ | tau                                 ; mu | μ μ_i^2 | mu
+log_var | logσ^2 logσ_i^2 | log_var           ; sigma | σ σ_i^2 | exp
+eps | ε | eps eps_part                        ; eps_hat | ε_θ | eps_hat
+eps_theta | ε_θ | eps                         ; z | z z_t | z
+z_0                                           ; z_t
+z_prev | z_t−1 | z_prev                       ; v_pred | v_θ | v
+signal | √α¯_t | signal                       ; z_t_mean | √α¯_tz_0 | mean
+deviation | √1−α¯_t | deviation               ; target | ε | target
+prediction | ε_θ | prediction                 ; linear | Linear | linear
 pe | PE | position
 e_frozen | E_φ^frozen E_φ_0^frozen | encoder frozen_encoder
-e_train | E_φ^train | encoder
-text_encoder | TextEncoder | encoder
-prompt | prompt | prompts
-alpha_bar | α¯_t | alpha_bar ab ab_t
-ab_prev | α¯_t−1 | ab_prev
-alpha_t | α_t α_s | alpha
-beta_t | β_t | beta
-sigma_t | σ_t σ_t^2 | sigma_t
-noise | ε | noise
-t | t | t
-t_emb | t_emb | t_emb
-c | c | c
-h | h h_0 | h
-type | type | source_type
-source | z_source | source
-gamma | γ | gamma
-beta | β | beta
-q | Q | q
-k | K | k
-v | V | v
-w_1 | W_1 | w_1
-w_2 | W_2 | w_2
-gate | gate | gate gate_1 gate_2 gate_3
-s | s | s
-s_image | s_image | s_image
-eps_null | ε_θ(z_t,t,∅) | eps_null
-eps_c | ε_θ(z_t,t,c) | eps_c
-eps_00 | ε_∅∅ | eps_00
-eps_s0 | ε_source | eps_s0
-eps_sc | ε_source,text | eps_sc
-mean | mean | mean
-variance | variance | variance
-l_semantic | L_semantic | semantic
-l_pixel | L_pixel | pixel
-l_perceptual | L_perceptual | perceptual
-l_kl | L_KL | kl
-alpha_w | α | alpha
-lambda_w | λ | lpips_weight
-l1 | L1 | l1
-lpips | LPIPS | lpips
-""".strip()).splitlines())}
+e_train | E_φ^train | encoder                 ; text_encoder | TextEncoder | encoder
+prompt | prompt | prompts                     ; alpha_bar | α¯_t | alpha_bar ab ab_t
+ab_prev | α¯_t−1 | ab_prev                    ; alpha_t | α_t α_s | alpha
+beta_t | β_t | beta                           ; sigma_t | σ_t σ_t^2 | sigma_t
+noise | ε | noise                             ; t
+t_emb                                         ; c
+h | h h_0 | h                                 ; type | type | source_type
+source | z_source | source                    ; gamma | γ | gamma
+beta | β | beta                               ; q | Q | q
+k | K | k                                     ; v | V | v
+w_1 | W_1 | w_1                               ; w_2 | W_2 | w_2
+gate | gate | gate gate_1 gate_2 gate_3       ; s
+s_image                                       ; eps_null | ε_θ(z_t,t,∅) | eps_null
+eps_c | ε_θ(z_t,t,c) | eps_c                  ; eps_00 | ε_∅∅ | eps_00
+eps_s0 | ε_source | eps_s0                    ; eps_sc | ε_source,text | eps_sc
+mean                                          ; variance
+l_semantic | L_semantic | semantic            ; l_pixel | L_pixel | pixel
+l_perceptual | L_perceptual | perceptual      ; l_kl | L_KL | kl
+alpha_w | α | alpha                           ; lambda_w | λ | lpips_weight
+l1 | L1 | l1                                  ; lpips | LPIPS | lpips
+""".strip()):                               # one word alone: it reads the same everywhere
+    key, *reading = (part.strip() for part in line.split("|"))
+    SYMBOLS[key] = tuple(part.split() for part in reading or (key, key))
 
 
 def mathml(latex: str, known: dict[str, str]) -> ElementTree.Element:
@@ -348,17 +317,14 @@ def letter(character: str, variant: str) -> str:
     raise Stale(f"no {variant} {character!r}")
 
 
+FORMS = {"msub": "{}_{}", "msup": "{}^{}", "msubsup": "{}_{}^{}", "msqrt": "√{}"}
+
+
 def reads(element) -> str:
     """A piece of MathML as a plain string: z_t, μ_i^2, α¯_t."""
     inner = [reads(child) for child in element]
-    if element.tag == "msub":
-        return f"{inner[0]}_{inner[1]}"
-    if element.tag == "msup":
-        return f"{inner[0]}^{inner[1]}"
-    if element.tag == "msubsup":
-        return f"{inner[0]}_{inner[1]}^{inner[2]}"
-    if element.tag == "msqrt":
-        return f"√{inner[0]}"
+    if element.tag in FORMS:
+        return FORMS[element.tag].format(*inner)
     own = "".join(unicodedata.normalize("NFKC", element.text or "").split())
     return own.replace("\u0304", "¯") + "".join(inner)
 
@@ -383,9 +349,7 @@ def serialise(math) -> str:
     return ElementTree.tostring(math, encoding="unicode", short_empty_elements=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Code as HTML
-# --------------------------------------------------------------------------------------------------
+# --- Code as HTML ---------------------------------------------------------------------------------
 
 KINDS = ((Comment, "c"), (String, "s"), (Number, "n"), (Keyword, "k"), (Operator.Word, "k"),
          (Name.Function, "d"), (Name.Class, "d"))
@@ -393,7 +357,7 @@ escape = functools.partial(html.escape, quote=False)
 
 
 def names_in(file: Source, first: int, last: int) -> set[str]:
-    return {text for tokens in file.tokens[first - 1:last] for kind, text in tokens if kind in Name}
+    return {text for line in file.tokens[first - 1:last] for kind, text in line if kind in Name}
 
 
 def code_line(file: Source, number: int, indent: int, ties: set[str], classes: str = "",
@@ -442,32 +406,31 @@ def units(row: Row) -> list[dict]:
     shown = []
     for where in row.where:
         file, name, node = locate(where)
-        first, last = file.span(node)
-        marks = file.marks(node, row.key)
+        (first, last), marks = file.span(node), file.marks(node, row.key)
         if last - first >= LONG and marks:
             first, last = file.block_around(node, marks[0][1])
-        shown.append(dict(file=file, name=name, node=node, first=first, last=last, marks=marks,
+        shown.append(dict(file=file, name=name, first=first, last=last, marks=marks,
                           text=ast.get_source_segment(file.text, node)))
-    if row.key.isdigit() and row.key not in UNMARKED and not any(unit["marks"] for unit in shown):
+    if row.key.isdigit() and row.key not in UNMARKED and not any(one["marks"] for one in shown):
         raise Stale(f"no `# Eq. {row.key}:` in {', '.join(row.where)}, where {EQUATIONS.name} says "
                     f"it stands")
     return shown
 
 
 def right_side(row: Row, shown: list[dict], ties: set[str]) -> str:
-    out = []
+    out = ""
     for i, unit in enumerate(shown):
-        file, name = unit["file"], unit["name"]
-        line = unit["marks"][0][1] if unit["marks"] else unit["first"]
-        head = f'<code>{escape(name)}</code> {link(file, line)}'
-        if i and unit["text"] == shown[0]["text"]:
-            out.append(f'<p class="at also">the same, word for word: <code>{escape(name)}</code> '
-                       f'{link(file, line)}</p>')
-            continue
-        block = code(file, unit["first"], unit["last"], unit["marks"], ties, head)
-        out.append(f'<details><summary>also <code>{escape(name)}</code> in {file.name}</summary>'
-                   f'{block}</details>' if i else block)
-    return "".join(out)
+        file, marks = unit["file"], unit["marks"]
+        name = f'<code>{escape(unit["name"])}</code>'
+        at = link(file, marks[0][1] if marks else unit["first"])
+        block = code(file, unit["first"], unit["last"], marks, ties, f"{name} {at}")
+        if not i:
+            out += block
+        elif unit["text"] == shown[0]["text"]:
+            out += f'<p class="at also">the same, word for word: {name} {at}</p>'
+        else:
+            out += f'<details><summary>also {name} in {file.name}</summary>{block}</details>'
+    return out
 
 
 def guarded(row: Row) -> str:
@@ -475,28 +438,23 @@ def guarded(row: Row) -> str:
     if not row.test:
         return ""
     file = source("test_all.py")
-    own, shared = row.test, row.test.removeprefix("test")           # test_eq_12_eq_13_… is of both
+    own, shared = row.test, row.test.removeprefix("test")       # test_eq_12_eq_13_… is of both
     tests = [node for node in file.tree.body if isinstance(node, ast.FunctionDef)
              and (node.name.startswith(own) or shared in node.name)]
     tests.sort(key=lambda node: not node.name.startswith(own))
     if not tests:
         raise Stale(f"test_all.py has no {row.test}*")
-    test = tests[0]
-    docstring = ast.get_docstring(test)
-    line = docstring.splitlines()[0] if docstring else file.lines[test.body[0].lineno - 1].strip()
-    claim = test.name.removeprefix("test_")
-    claim = re.sub(r"^(eq_\d+_)+(to_\d+_)?", "", claim).replace("_", " ")
-    more = ", ".join(link(file, other.lineno, str(other.lineno)) for other in tests[1:])
-    more = f" <small>and line{'s' * (len(tests) > 2)} {more}</small>" if more else ""
+    test, *others = tests
+    line = (ast.get_docstring(test) or file.lines[test.body[0].lineno - 1].strip()).splitlines()[0]
+    claim = re.sub(r"^test_(eq_\d+_)*(to_\d+_)?", "", test.name).replace("_", " ")
+    more = ", ".join(link(file, other.lineno, str(other.lineno)) for other in others)
+    more = f" <small>and line{'s' * (len(others) > 1)} {more}</small>" if more else ""
     return (f'<p class="test"><span class="tag">test</span> '
             f'{link(file, test.lineno, escape(claim))}{more}'
             f'<br><code class="first">{escape(line)}</code></p>')
 
 
-# --------------------------------------------------------------------------------------------------
-# The page's text
-# --------------------------------------------------------------------------------------------------
-
+# --- The page's text ------------------------------------------------------------------------------
 
 def prose(text: str) -> str:
     """Markdown's backticks and links of equations.md."""
@@ -516,9 +474,8 @@ def path(text: str) -> str:
     """`x -4-> f` as x, an arrow that links to Eq. 4, f."""
     text = escape(text).replace("-&gt;", "->")
     def arrow(match):
-        key = match[1]
-        above = f"<sup>{key}</sup>" if key.isdigit() else " "
-        return f'<a href="#{"eq-" * key.isdigit()}{key}">{above}→</a>'
+        above = f"<sup>{match[1]}</sup>" if match[1].isdigit() else " "
+        return f'<a href="#{anchor_of(match[1])}">{above}→</a>'
     return re.sub(r"-(\w+)->", arrow, lowered(text))
 
 
@@ -609,10 +566,8 @@ def loop(item: Loop) -> str:
 
 def entry(item) -> str:
     """An item's line in the table of contents."""
-    if isinstance(item, Loop):
-        sign, name = "↻", item.title
-    else:
-        sign, name = item.key if item.key.isdigit() else "·", item.name
+    sign, name = (("↻", item.title) if isinstance(item, Loop) else
+                  (item.key if item.key.isdigit() else "·", item.name))
     return (f'<li><a href="#{item.anchor}"><b>{sign}</b> <span>{lowered(escape(name))}</span></a>'
             f'</li>')
 
@@ -638,30 +593,10 @@ def text_part() -> tuple[str, str]:
     questions = "".join(f'<li><a href="#{anchor}">{prose(question)}</a></li>'
                         for question, anchor in read_questions())
     stages = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    before = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
-<title>PS-VAE: every equation, and the line that computes it</title>
-<style>
-{style}</style></head><body>
-<nav aria-label="sections"><a href="#top">PS-VAE</a>{stages}</nav>
-<main id="top"><header class="top"><div><h1>Every equation, and the line that computes it</h1>
-<p>On the left stand the 34 equations of the PS-VAE guide, in its order. On the right stands the
-function of this repository that computes each, read from the files when the page was built; the
-line itself is marked. Point at a symbol to see it on the other side. Under each formula is the test
-that guards it, and <a href="../README.md">the notebook</a> says what was measured. Where the code
-leaves the guide, a comment begins with <em class="deviation">DEVIATION</em>.</p></div>
-{opening()}</header>
-<nav class="contents" aria-label="equations">{contents}</nav>
-{body}<section id="questions"><header><h2>Ten questions</h2>
-<p>A student's; each is answered at the equation behind it.</p></header>
-<ol class="questions">{questions}</ol></section>
-<footer><p>Made by <code>python notes/reading/build.py</code> from
-<a href="../equations.md">notes/equations.md</a>, the source files and the small model in
-notes/tiny. <span data-say="model"></span></p></footer></main>
-"""
+    frame, style, script = ((HERE / f"page.{end}").read_text(encoding="utf-8")
+                            for end in ("html", "css", "js"))
+    before = frame.format(style=style, stages=stages, opening=opening(), contents=contents,
+                          body=body, questions=questions)
     return before, f"<script>\n{script}</script>\n</body></html>\n"
 
 
@@ -681,9 +616,7 @@ def split(page: str) -> tuple[str, str, str]:
     return before, pictures, after
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures: the frame is text, what moves in it is a strip of pictures
-# --------------------------------------------------------------------------------------------------
+# --- Figures: the frame is text, what moves in it is a strip of pictures --------------------------
 
 PROMPTS = ("a large red circle on a gray background",
            "a small blue square above a large yellow star",
@@ -702,12 +635,17 @@ def tile(strip: str, row: int, what: str, caption: str = "", k: str = "var(--k)"
             f'aria-label="{html.escape(what)}" style="--r:{row};--c:{k}"></div>{under}</div>')
 
 
-def moving(name: str, label: str, count: int, start: int, tiles: str, caption: str, more: str = "",
+def moving(name: str, label: str, count: int, start: int, rows, caption: str, more: str = "",
            play: bool = False) -> str:
-    """A figure with a slider; page.js moves --k and says what the position means."""
+    """A figure with a slider; page.js moves --k and says what the position means.
+
+    rows: for each row of its strip what it is and what is written below; or the tiles as they are.
+    """
+    if not isinstance(rows, str):
+        rows = "".join(tile(f"p-{name}", i, *row) for i, row in enumerate(rows))
     button = '<button type="button" class="play" aria-label="play">▶</button>' if play else ""
     return (f'<figure class="moving" id="fig-{name}" style="--k:{start}">{more}'
-            f'<div class="tiles">{tiles}</div>'
+            f'<div class="tiles">{rows}</div>'
             f'<p class="move"><label for="move-{name}">{label}</label>{button}'
             f'<input type="range" id="move-{name}" min="0" max="{count - 1}" value="{start}">'
             f'<output for="move-{name}"></output></p>'
@@ -730,10 +668,42 @@ def text(x: float, y: float, words, more: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}"{more}>{words}</text>'
 
 
+PLAIN = {                   # by equation: arguments of moving()
+    "7": ("features", "picture", 8, 0,
+          (("a held-out picture", "<b>x</b>"),
+           ("its frozen features, three principal components as colours", "<b>f</b>"),
+           ("its latent as colours", "<b>μ</b>"),
+           ("the features out of the latent, as colours", "<b>f̂</b>"),
+           ("the picture out of the latent", "<b>x̂</b>")),
+          "A held-out picture x; its frozen features f (the first three principal components of "
+          "each cell as colours); the latent μ; and what the two decoders make of it, f̂ (Eq. 7) "
+          "and x̂ (Eq. 14)."),
+    "14": ("spread", "noise", 9, 1,
+           [("a held-out picture, decoded from a sample of its latent", "")] * 5,
+           "x̂ = D<sub>pixel</sub>(μ + k σ ⊙ ε) of five held-out pictures. At k = 1 this is Eq. 6, "
+           "as in training: the KL term made σ wide, and the decoder forgives it."),
+    "32": ("guess", "t", len(TIMES), 14,
+           (("z_t, decoded", "z_t decoded"),
+            ("the network's guess of z_0 from this z_t, decoded", "ẑ_0 decoded"),
+            ("the true picture", "x")),
+           'One look of the network, no sampling: from z_t and the caption “<span '
+           'data-say="guess"></span>” it predicts ε, and Eq. 22 solved for z_0 gives its guess of '
+           'the picture. At small t everything is still there; near T the caption is all it has.'),
+    "33": ("guidance", "s", len(SCALES), 2, [(prompt, prompt) for prompt in PROMPTS],
+           "The same noise (seed 0, nothing picked by hand) with another guidance scale; 25 steps, "
+           "η = 1."),
+    "34": ("film", "step", 50, 20,
+           [(f"{prompt}, eta {eta}", prompt * eta) for eta in (0, 1) for prompt in PROMPTS],
+           "The predicted z_0 of every step, decoded; seed 0, s as in sample.py. Upper row η = 0: "
+           "σ_t = 0, the noise of z_T decides everything. Lower row η = 1: fresh noise at each "
+           "step.", "", True),
+}
+
+
 def figure(key: str) -> str:
-    return {"7": features_figure, "11": kl_figure, "14": spread_figure, "15": gradient_figure,
-            "22": noise_figure, "32": guess_figure, "33": guidance_figure, "34": film_figure,
-            "edit-guidance": edit_figure}.get(key, str)()
+    return moving(*PLAIN[key]) if key in PLAIN else {
+        "11": kl_figure, "15": gradient_figure, "22": noise_figure,
+        "edit-guidance": edit_figure}.get(key, str)()
 
 
 def opening() -> str:
@@ -744,37 +714,13 @@ def opening() -> str:
             f'</a>')
 
 
-def features_figure() -> str:
-    names = (("x", "a held-out picture"),
-             ("f", "its frozen features, three principal components as colours"),
-             ("μ", "its latent as colours"),
-             ("f̂", "the features out of the latent, as colours"),
-             ("x̂", "the picture out of the latent"))
-    tiles = "".join(tile("p-features", row, what, f"<b>{name}</b>")
-                    for row, (name, what) in enumerate(names))
-    return moving("features", "picture", 8, 0, tiles,
-                  "A held-out picture x; its frozen features f (the first three principal "
-                  "components of each cell as colours); the latent μ; and what the two decoders "
-                  "make of it, f̂ (Eq. 7) and x̂ (Eq. 14).")
-
-
-def spread_figure() -> str:
-    tiles = "".join(tile("p-spread", row, "a held-out picture, decoded from a sample of its latent")
-                    for row in range(5))
-    return moving("spread", "noise", 9, 1, tiles,
-                  "x̂ = D<sub>pixel</sub>(μ + k σ ⊙ ε) of five held-out pictures. At k = 1 this is "
-                  "Eq. 6, as in training: the KL term made σ wide, and the decoder forgives it.")
-
-
 def bell(mu: float, sigma: float) -> str:
     """N(mu, sigma^2) as an SVG path; page.js draws the same."""
     width, height = KL_BOX
-    points = []
-    for i in range(201):
-        z = -5 + i / 20
-        density = math.exp(-((z - mu) / sigma) ** 2 / 2) / sigma / math.sqrt(2 * math.pi)
-        points.append(f"{i * width / 200:.1f},{height - 10 - min(density, 1.1) * 120:.1f}")
-    return "M" + "L".join(points)
+    z = -5 + np.arange(201) / 20
+    density = np.exp(-((z - mu) / sigma) ** 2 / 2) / sigma / math.sqrt(2 * math.pi)
+    y = height - 10 - density.clip(max=1.1) * 120
+    return "M" + "L".join(f"{i * width / 200:.1f},{one:.1f}" for i, one in enumerate(y))
 
 
 def kl_figure() -> str:
@@ -794,7 +740,8 @@ def kl_figure() -> str:
     return (f'<figure id="fig-kl">{drawn}{sliders}<p class="sum" aria-live="polite">'
             f'KL = −½ (1 + log σ² − μ² − σ²) = <output id="kl-value">0.818 nats</output></p>'
             f'<figcaption>One channel: p(z) = N(0, 1) in grey, q(z | x) = N(μ, σ²) in colour. It '
-            f'is 0 at μ = 0, σ = 1 alone; a small σ costs as much as a far μ.</figcaption></figure>')
+            f'is 0 at μ = 0, σ = 1 alone; a small σ costs as much as a far μ.</figcaption>'
+            f'</figure>')
 
 
 def gradients() -> dict[str, dict[str, bool]]:
@@ -868,40 +815,12 @@ def noise_figure() -> str:
     choice = radios("schedule", "schedule", [(name, name.replace("_", " ")) for name in SCHEDULES])
     return moving("noise", "t", len(TIMES), 6, tiles,
                   "How much of z_0 is left at t, what z_t looks like (three principal components "
-                  "of each cell), and what the pixel decoder makes of it: it was never taught noise.",
+                  "of each cell), and what the pixel decoder makes of it: it was never taught "
+                  "noise.",
                   choice + drawn)
 
 
-def guess_figure() -> str:
-    names = (("z_t decoded", "z_t, decoded"),
-             ("ẑ_0 decoded", "the network's guess of z_0 from this z_t, decoded"),
-             ("x", "the true picture"))
-    tiles = "".join(tile("p-guess", row, what, name) for row, (name, what) in enumerate(names))
-    return moving("guess", "t", len(TIMES), 14, tiles,
-                  'One look of the network, no sampling: from z_t and the caption “<span '
-                  'data-say="guess"></span>” it predicts ε, and Eq. 22 solved for z_0 gives its '
-                  'guess of the picture. At small t everything is still there; near T the caption '
-                  'is all it has.')
-
-
-def guidance_figure() -> str:
-    tiles = "".join(tile("p-guidance", row, prompt, prompt) for row, prompt in enumerate(PROMPTS))
-    return moving("guidance", "s", len(SCALES), 2, tiles,
-                  "The same noise (seed 0, nothing picked by hand) with another guidance scale; "
-                  "25 steps, η = 1.")
-
-
-def film_figure() -> str:
-    tiles = "".join(tile("p-film", row + 4 * eta, f"{prompt}, eta {eta}", prompt if eta else "")
-                    for eta in (0, 1) for row, prompt in enumerate(PROMPTS))
-    return moving("film", "step", 50, 20, tiles,
-                  "The predicted z_0 of every step, decoded; seed 0, s as in sample.py. Upper row "
-                  "η = 0: σ_t = 0, the noise of z_T decides everything. Lower row η = 1: fresh "
-                  "noise at each step.", play=True)
-
-
 def edit_figure() -> str:
-    import notes.world.world as world                  # the kinds of edits
     pairs = "".join(f'<div class="pair">{tile("p-edit", row, "the source", k="0")}'
                     f'{tile("p-edit", row, "the edited picture", k="calc(var(--k) + 1)")}'
                     f'<span data-say="edit-{row}">{kind}</span></div>'
@@ -911,16 +830,11 @@ def edit_figure() -> str:
                   "each kind of the held-out split, seed 0, nothing picked by hand.", play=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# The pictures, from the model that ships
-# --------------------------------------------------------------------------------------------------
-
+# --- The pictures, from the model that ships ------------------------------------------------------
 
 def strip_of(rows: list) -> str:
     """rows[r][k], uint8 (H, W, 3), as one lossless WebP in a data URI."""
-    import numpy as np
-    from PIL import Image
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    sheet = np.vstack([np.hstack(list(row)) for row in rows])
     out = io.BytesIO()
     Image.fromarray(sheet).save(out, "WEBP", lossless=True, quality=60, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
@@ -933,18 +847,13 @@ class Studio:
     """
 
     def __init__(self):
-        import numpy as np
-        import torch
-        import data
-        import dit
-        import sample
-        import notes.world.world as world
-        self.np, self.torch, self.data, self.dit, self.sample, self.world = (
-            np, torch, data, dit, sample, world)
         self.pipe = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
         self.guidance = sample.PRESETS.get(self.pipe.config["preset"], {}).get("guidance", 7.5)
-        self.scenes = [world.scene(i, "val") for i in range(64)]
-        self.pixels = self.drawn(self.scenes)
+        scenes = [world.scene(i, "val") for i in range(64)]
+        self.caption = world.caption(scenes[0], world.generator("caption", 0, "page", 0))
+        edits = {edit[3]: edit for edit in (world.edit(i, "val") for i in reversed(range(100)))}
+        self.edits = [edits[kind] for kind in world.KINDS]          # the first of each kind
+        self.pixels = self.drawn(scenes)
         self.x = self.tensor(self.pixels)
         self.mu, self.log_var = self.pipe.psvae.encode(self.x)
         g = data.generator(0, "page", 0, "eps")
@@ -952,42 +861,42 @@ class Studio:
         self.z_0 = dit.normalise(self.mu, self.pipe.mean, self.pipe.variance)
 
     def drawn(self, scenes):
-        return self.np.stack([self.np.asarray(self.world.draw(scene)) for scene in scenes])
+        return np.stack([np.asarray(world.draw(scene)) for scene in scenes])
 
     def tensor(self, pixels):
-        return self.data.to_float(self.torch.from_numpy(pixels).permute(0, 3, 1, 2), "cpu")
+        return data.to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), "cpu")
 
     def ddim(self, z_T, c, mask, times, s, s_image=1.0, eta=0.0, source=None, generators=()):
         """[predicted z_0 of each step]."""
         pipe, frames = self.pipe, []
-        self.sample.ddim(pipe.dit, z_T, c, mask, pipe.alpha_bar, times, s, s_image, eta, source,
+        sample.ddim(pipe.dit, z_T, c, mask, pipe.alpha_bar, times, s, s_image, eta, source,
                          generators, frames, pipe.config["predict"])
         return [z_0 for _, z_0 in frames]
 
     def features(self):
-        f = self.data.load_image_encoder(self.data.TINY_IMAGE_ENCODER)(self.x)
+        f = data.load_image_encoder(data.TINY_IMAGE_ENCODER)(self.x)
         f_hat = self.pipe.psvae.semantic_decoder(self.mu)
-        x_hat = self.data.to_uint8(self.pipe.psvae.decode(self.mu))
-        colours, colours_hat = self.data.pca_colours(f, f_hat, size=64)
-        of_mu, = self.data.pca_colours(self.mu, size=64)
+        x_hat = data.to_uint8(self.pipe.psvae.decode(self.mu))
+        colours, colours_hat = data.pca_colours(f, f_hat, size=64)
+        of_mu, = data.pca_colours(self.mu, size=64)
         rows = [part[:8] for part in (self.pixels, colours, of_mu, colours_hat, x_hat)]
         return rows, [f"{i + 1} of 8" for i in range(8)]
 
     def spread(self):
         sigma = (0.5 * self.log_var).exp()
         z = [(self.mu + k * sigma * self.eps)[:5] for k in range(9)]
-        rows = zip(*(self.data.to_uint8(self.pipe.psvae.decode(one)) for one in z))
+        rows = zip(*(data.to_uint8(self.pipe.psvae.decode(one)) for one in z))
         return list(rows), [f"k = {k}" for k in range(9)]
 
     def noised(self, t: int, alpha_bar):
-        return self.dit.add_noise(self.z_0[:1], self.torch.tensor([t]), self.eps[:1], alpha_bar)
+        return dit.add_noise(self.z_0[:1], torch.tensor([t]), self.eps[:1], alpha_bar)
 
     def noise(self):
         rows, said = [], []
         for schedule in SCHEDULES:
-            alpha_bar = self.dit.noise_schedule(1000, 1e-4, 0.02, schedule)
-            z_t = self.torch.cat([self.noised(t, alpha_bar) for t in TIMES])
-            rows += [self.data.pca_colours(self.z_0, z_t, size=64)[1], self.pipe.decode(z_t)]
+            alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02, schedule)
+            z_t = torch.cat([self.noised(t, alpha_bar) for t in TIMES])
+            rows += [data.pca_colours(self.z_0, z_t, size=64)[1], self.pipe.decode(z_t)]
             said.append([f"{alpha_bar[t].item():.2g}" for t in TIMES])
         words = [f"{t}, ᾱ = {a} (scaled linear), {b} (linear)" for t, a, b in zip(TIMES, *said)]
         return rows, words
@@ -997,37 +906,33 @@ class Studio:
         width, height = CURVE_BOX
         out = ""
         for schedule in SCHEDULES:
-            alpha_bar = self.dit.noise_schedule(1000, 1e-4, 0.02, schedule).tolist()
+            alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02, schedule).tolist()
             points = "L".join(f"{t * width / 1000:.1f},{(1 - alpha_bar[t]) * height:.1f}"
                               for t in range(0, 1001, 10))
             out += (f'<symbol id="curve-{schedule}" overflow="visible"><path fill="none" '
                     f'd="M{points}"/></symbol>')
         return f'<svg width="0" height="0" aria-hidden="true">{out}</svg>\n'
 
-    def caption(self) -> str:
-        rng = self.world.generator("caption", 0, "page", 0)
-        return self.world.caption(self.scenes[0], rng)
-
     def guess(self):
-        c, mask = self.pipe.text_encoder([self.caption(), ""])
+        c, mask = self.pipe.text_encoder([self.caption, ""])
         T, z_t, guesses = self.pipe.config["T"], [], []
         for t in (t * T // 1000 for t in TIMES):
             z_t.append(self.noised(t, self.pipe.alpha_bar))
             guesses += self.ddim(z_t[-1], c, mask, [max(1, t), 0], 1.0)
-        decoded = [self.pipe.decode(self.torch.cat(one)) for one in (z_t, guesses)]
+        decoded = [self.pipe.decode(torch.cat(one)) for one in (z_t, guesses)]
         return [*decoded, [self.pixels[0]] * len(TIMES)], [str(t) for t in TIMES]
 
     def steps(self, prompts, eta: float, sources=None, steps: int = 50):
         """rows[prompt][step]: the predicted z_0 of each step, decoded; the last is the picture."""
         pipe = self.pipe
         c, mask = pipe.text_encoder([*prompts, *[""] * len(prompts)])
-        generators = [self.data.generator(0, "sample", 0, "z_T") for _ in prompts]
-        z_T = self.sample.draw(generators, self.torch.empty(len(prompts), *pipe.latent_shape))
+        generators = [data.generator(0, "sample", 0, "z_T") for _ in prompts]
+        z_T = sample.draw(generators, torch.empty(len(prompts), *pipe.latent_shape))
         source = None
         if sources is not None:
             mu, _ = pipe.psvae.encode(self.tensor(sources))
-            source = self.dit.normalise(mu, pipe.mean, pipe.variance)
-        times = self.sample.sampling_times(pipe.config["T"], steps)
+            source = dit.normalise(mu, pipe.mean, pipe.variance)
+        times = sample.sampling_times(pipe.config["T"], steps)
         frames = self.ddim(z_T, c, mask, times, self.guidance, 1.5, eta, source, generators)
         words = [f"{i + 1} of {steps}, t = {t}" for i, t in enumerate(times[:-1])]
         return list(zip(*map(pipe.decode, frames))), words
@@ -1041,54 +946,22 @@ class Studio:
         drawn = [self.pipe(list(PROMPTS), seeds, steps=25, guidance=s, eta=1.0) for s in SCALES]
         return list(zip(*drawn)), [str(s) for s in SCALES]
 
-    def edits(self) -> list:
-        """The first edit of each kind: (source Scene, instruction, target Scene, kind)."""
-        kinds, edits = self.world.KINDS, (self.world.edit(i, "val") for i in range(1000))
-        first = {}
-        for edit in edits:
-            first.setdefault(edit[3], edit)
-            if len(first) == len(kinds):
-                break
-        return [first[kind] for kind in kinds]
-
     def edit(self):
-        edits = self.edits()
-        sources = self.drawn([before for before, *_ in edits])
-        rows, words = self.steps([text for _, text, *_ in edits], 1.0, sources)
+        sources = self.drawn([before for before, *_ in self.edits])
+        rows, words = self.steps([text for _, text, *_ in self.edits], 1.0, sources)
         return [[before, *row] for before, row in zip(sources, rows)], words
-
-    def check_gradients(self):
-        """The table above psvae_loss, tried out: a term reaches the parts it names, no others."""
-        import psvae
-        model = copy.deepcopy(self.pipe.psvae).requires_grad_(True)
-        x = self.x[:8]
-        f_target = self.data.load_image_encoder(self.data.TINY_IMAGE_ENCODER)(x).detach()
-        x_hat, f_hat, mu, log_var = model(x, self.torch.zeros(1))
-        losses = {"semantic": psvae.semantic_loss(f_hat, f_target),
-                  "pixel, perceptual": psvae.pixel_loss(x_hat, x),
-                  "KL": psvae.kl_divergence(mu, log_var)}
-        for term, row in gradients().items():
-            for part, said in row.items():
-                module = getattr(model, part.replace(" ", "_"))
-                weights = [p for p in module.parameters() if p.requires_grad]
-                reached = self.torch.autograd.grad(losses[term], weights, retain_graph=True,
-                                                   allow_unused=True)
-                if any(g is not None for g in reached) != said:
-                    raise Stale(f"psvae.py: {term} and the {part} are not as the table says")
 
 
 def pictures_part() -> str:
     """A style sheet of strips, two curves and a few words, drawn by the shipped model."""
-    import torch
     with torch.no_grad():
         studio = Studio()
         figures = {"features": studio.features(), "spread": studio.spread(),
                    "noise": studio.noise(), "guess": studio.guess(), "film": studio.film(),
                    "guidance": studio.scales(), "edit": studio.edit()}
-    studio.check_gradients()
     facts = {name: words for name, (_, words) in figures.items()}
-    facts |= {f"edit-{i}": text for i, (_, text, *_) in enumerate(studio.edits())}
-    facts |= {"guess-said": studio.caption(), "model": f"Pictures: {studio.pipe.step:,} steps of "
+    facts |= {f"edit-{i}": text for i, (_, text, *_) in enumerate(studio.edits)}
+    facts |= {"guess-said": studio.caption, "model": f"Pictures: {studio.pipe.step:,} steps of "
                                                        f"stage 3, {studio.pipe.size} px."}
     css = "".join(f".p-{name}{{--n:{len(rows[0])};--m:{len(rows)};"
                   f"background-image:url({strip_of(rows)})}}\n"
@@ -1097,31 +970,11 @@ def pictures_part() -> str:
             f'{json.dumps(facts, ensure_ascii=False)}</script>\n')
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
-
-
-def screenshot(to: Path):
-    """A picture of the page for the README."""
-    import shutil
-    from PIL import Image
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 720}, reduced_motion="reduce")
-        page.goto(PAGE.as_uri() + "#eq-22")
-        page.wait_for_timeout(1000)
-        shot = page.screenshot()
-        browser.close()
-    Image.open(io.BytesIO(shot)).convert("P", palette=Image.Palette.ADAPTIVE).save(to)
-    print(f"wrote {to}: {to.stat().st_size / 1e3:.0f} kB")
-
+# --- The command ----------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", action="store_true", help="text alone; the pictures stay")
-    parser.add_argument("--screenshot", action="store_true", help="also write page.png")
     args = parser.parse_args()
     start = time.time()
     try:
@@ -1131,8 +984,6 @@ def main():
         sys.exit(f"error: {error}")
     PAGE.write_text(before + MARKS[0] + pictures + MARKS[1] + after, encoding="utf-8")
     print(f"wrote {PAGE}: {PAGE.stat().st_size / 1e6:.2f} MB in {time.time() - start:.0f} s")
-    if args.screenshot:
-        screenshot(HERE / "page.png")
 
 
 if __name__ == "__main__":

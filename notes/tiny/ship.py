@@ -1,5 +1,5 @@
-"""Makes the small files that ship from a trained out/: no optimizer, the DiT's averaged weights only, and half
-precision for all but what encodes, whose fingerprint the DiT carries.
+"""Makes the small files that ship from a trained out/: no optimizer, the DiT's averaged weights
+only, and half precision for all but what encodes, whose fingerprint the DiT carries.
 
     python svae.py && python psvae.py && python dit.py
     python notes/tiny/ship.py            writes psvae.pt, dit.pt and the three logs into notes/tiny/
@@ -19,8 +19,8 @@ ENCODES = ("encoder.", "projector.")
 
 
 def half(state: dict) -> dict:
-    return {name: value.half() if value.is_floating_point() and not name.startswith(ENCODES) else value
-            for name, value in state.items()}
+    small = lambda name, value: value.is_floating_point() and not name.startswith(ENCODES)
+    return {name: value.half() if small(name, value) else value for name, value in state.items()}
 
 
 @data.program
@@ -28,13 +28,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the trained model")
-    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the small files go")
+    parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="of the small files")
     args = parser.parse_args(argv)
     out, to = Path(args.out), Path(args.to)
     for stage, weights in (("psvae", "model"), ("dit", "ema")):
-        checkpoint = {name: value for name, value in data.load(out / f"{stage}.pt", stage).items()
+        trained = data.load(out / f"{stage}.pt", stage)
+        checkpoint = {name: value for name, value in trained.items()
                       if name not in ("model", "ema", "optimizer", "pending")}
-        checkpoint |= {"model": {}, weights: half(data.load(out / f"{stage}.pt", stage)[weights])}
+        checkpoint |= {"model": {}, weights: half(trained[weights])}
         checkpoint["config"] = checkpoint["config"] | {"out": "out"}
         with data.atomic(to / f"{stage}.pt") as partial:
             torch.save(checkpoint, partial)

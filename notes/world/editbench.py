@@ -1,24 +1,25 @@
-"""How well does the model edit? The judge reads the result:
-is it what was asked for, and is all else as it was?
+"""How well does the model edit? The judge reads whether a result is what was asked, all else kept.
 
-    python notes/world/editbench.py                400 edits of unseen pictures, 400 with held-out combinations
+    python notes/world/editbench.py                400 edits of unseen pictures, 400 with held-out
+                                                   combinations
     python notes/world/editbench.py --quick        a quarter of them
     python notes/world/editbench.py --baselines    also the trivial ways: copy, regenerate, SDEdit;
-                                             and the right answers
+                                                   and the right answers
     python notes/world/editbench.py --guidance 2 4 --image-guidance 1 1.5      a sweep
 
-obeyed   what the instruction names is as it says: the new colour, the right object gone, the added one in
-         its place
+obeyed   what the instruction names is as it says: the new colour, the right object gone, the added
+         one in its place
 kept     background, other objects, and all that is unsaid about the changed one, are as they were;
          nothing is new
 both     at once, in the same picture
 
-An unreadable result is neither. The region that must not change is also compared pixel by pixel, where the
-instruction was obeyed, beside what the PS-VAE alone makes of the source: no edit of latents can be closer.
-Writes out/editbench.json, and out/editbench.png: failures, as source, result, a right answer.
+An unreadable result is neither. The region that must not change is also compared pixel by pixel,
+where the instruction was obeyed, beside what the PS-VAE alone makes of the source: no edit of
+latents can be closer. Writes out/editbench.json, and out/editbench.png: failures, as source,
+result, a right answer.
 """
 
-import argparse
+import functools
 import itertools
 import sys
 import time
@@ -27,10 +28,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from notes.world.geneval import add_model_flags, brief, load, phrase, save, summarise              # noqa: E402
-from notes.world.judge import read                                                                 # noqa: E402
-from notes.world.world import (CANVAS, COLOURS, KINDS, LOOK, SHAPES, SIZES, STYLES, WORDS, draw,   # noqa: E402
-                         edit, looks_like, relation, room)
+from notes.world.geneval import brief, load, parser_of, phrase, save, summarise  # noqa: E402
+from notes.world.judge import read, round_trip  # noqa: E402
+from notes.world.world import (CANVAS, COLOURS, KINDS, LOOK, SHAPES, SIZES, STYLES,  # noqa: E402
+                               WORDS, alike, draw, edit, listing, looks_like, relation, room)
 
 NEAR = 3.0   # pixels within which an object counts as not moved
 NAMED = {"recolour": ("colour",), "restyle": ("style",), "replace": ("shape", "colour"),
@@ -38,16 +39,17 @@ NAMED = {"recolour": ("colour",), "restyle": ("style",), "replace": ("shape", "c
 
 
 def triples(split, count):
-    """The first edits of a split: [{"split", "kind", "instruction", "source", "target"}], with Scenes."""
+    """The first edits of a split: [{"split", "kind", "instruction", "source", "target"}], with
+    Scenes."""
     names = ("source", "instruction", "target", "kind")
     return [{"split": split, **dict(zip(names, edit(i, split)))} for i in range(count)]
 
 
-# --- Obeyed? Kept? ------------------------------------------------------------------------------------------
+# --- Obeyed? Kept? --------------------------------------------------------------------------------
 
-MEANS = {word: (name, value)
-         for name, values in {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "style": STYLES}.items()
-         for value in values for word in {value, *WORDS.get(value, ())}}
+KNOWN = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "style": STYLES}
+MEANS = {word: (name, value) for name, values in KNOWN.items() for value in values
+         for word in {value, *WORDS.get(value, ())}}
 
 
 def attributes(words):
@@ -56,15 +58,16 @@ def attributes(words):
 
 
 def asked_to_add(instruction, source):
-    """What is said about the new object:
-    its attributes, and (relation, the object it is seen from) or None."""
+    """What is said about the new object: its attributes, and (relation, the object it is seen from)
+    or None."""
     for where in ("left", "right", "above", "below"):
         for wording in WORDS[where]:
             new, found, anchor = instruction.partition(f" {wording} the ")
             if found:
-                said = attributes(anchor)
-                anchors = [o for o in source.objects if all(getattr(o, k) == v for k, v in said.items())]
-                return attributes(new), (where, anchors[0])   # the world refers to just one
+                said = attributes(anchor).items()           # the world refers to just one
+                seen_from = next(o for o in source.objects
+                                 if all(getattr(o, k) == v for k, v in said))
+                return attributes(new), (where, seen_from)
     return attributes(instruction), None
 
 
@@ -73,8 +76,7 @@ def distance(a, b):
 
 
 def errors(triple, t, r):
-    """How many things are wrong if r, of the result, stands for t, of the target:
-    (named ones, unnamed ones)."""
+    """(named, unnamed) things that are wrong if r, of the result, stands for t, of the target."""
     source, kind = triple["source"], triple["kind"]
     wrong = [name for name in LOOK if getattr(t, name) != getattr(r, name)]
     if kind == "add" and t not in source.objects:   # what is not said about it is free
@@ -84,7 +86,7 @@ def errors(triple, t, r):
     wrong += ["place"] * (distance(t, r) > NEAR)
     if t in source.objects:
         return 0, len(wrong)
-    old = source.objects[triple["target"].objects.index(t)]   # the other kinds keep the order of the objects
+    old = source.objects[triple["target"].objects.index(t)]     # the other kinds keep the order
     named = ("place",) if (t.x, t.y) != (old.x, old.y) else NAMED[kind]
     return sum(name in named for name in wrong), sum(name not in named for name in wrong)
 
@@ -96,10 +98,10 @@ def judge_edit(triple, facts):
         return False, False
     changed = [t for t in target.objects if t not in source.objects]
     gone = [o for o in source.objects if o not in target.objects] if kind == "remove" else []
-    # Which object of the result stands for which one wanted: the assignment with the fewest errors, then the
-    # nearest. An object that was not changed as told is still that object, so errors in what is named weigh
-    # least. What should be gone takes the objects that are still like it. An index behind the last object
-    # means: it is not there.
+    # Which object of the result stands for which one wanted: the assignment with the fewest errors,
+    # then the nearest. An object that was not changed as told is still that object, so errors in
+    # what is named weigh least. What should be gone takes the objects that are still like it. An
+    # index behind the last object means: it is not there.
     slots, found, cost = [*target.objects, *gone], {}, {}
     for (i, t), (j, r) in itertools.product(enumerate(slots), enumerate(facts.objects)):
         if t in gone:
@@ -126,15 +128,14 @@ def judge_edit(triple, facts):
 
 
 def untouched(triple, facts):
-    """Pixels that must not change, bool (64, 64): 3 or more away from all that was changed;
-    None: there are none."""
+    """Pixels that must not change, bool (64, 64): 3 or more away from all that was; or None."""
     source, target = triple["source"].objects, triple["target"].objects
     if triple["kind"] == "background":
         return None
     mask = np.ones((CANVAS, CANVAS), bool)
     kept = [o for o in source if o in target]
     changed = [o for o in (*source, *target) if o not in kept]
-    changed += [r for r in facts.objects if all(distance(r, o) > NEAR for o in kept)]   # really added there
+    changed += [r for r in facts.objects if all(distance(r, o) > NEAR for o in kept)]   # added
     for o in changed:
         reach = room(o.shape, o.size)[-1] + 3
         rows, columns = (slice(max(0, int(c - reach)), int(c + reach) + 1) for c in (o.y, o.x))
@@ -142,23 +143,23 @@ def untouched(triple, facts):
     return mask if mask.any() else None
 
 
-# --- Scores -------------------------------------------------------------------------------------------------
+# --- Scores ---------------------------------------------------------------------------------------
 
 def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
-    """Scores `edit(sources uint8 (N, 64, 64, 3), instructions, seed) -> uint8`;
-    picture k from noise of seed + k.
+    """Scores `edit(sources uint8 (N, 64, 64, 3), texts, seed) -> uint8`; picture k from noise of
+    seed + k. round_trip maps pictures to what the PS-VAE alone makes of them.
 
-    A triple's "prompt", if it has one, is given in place of its instruction. round_trip maps pictures to what
-    the PS-VAE alone makes of them. Returns {"seen", "heldout", "kinds": {kind: …}:
-    each {"obeyed", "kept", "both": {"score", "interval", "prompts"}, "edits"}, "unreadable", "seconds",
-    "seed", "untouched": {"result", "round_trip"} in dB, "failures": [(text, [source, result, target], what is
-    wrong)]}.
+    A triple's "prompt", if it has one, is given in place of its instruction. Returns {"seen",
+    "heldout", "kinds": {kind: …}: each {"obeyed", "kept", "both": {"score", "interval",
+    "prompts"}, "edits"}, "unreadable", "seconds", "seed", "untouched": {"result", "round_trip"}
+    in dB, "failures": [(text, [source, result, target], what is wrong)]}.
     """
     good, unreadable, failures, squares, began = [], 0, [], [], time.perf_counter()
     for start in range(0, len(triples), batch):
         some = triples[start:start + batch]
         sources = np.stack([draw(t["source"]) for t in some])
-        results = edit(sources, [t.get("prompt", t["instruction"]) for t in some], seed * 1_000_003 + start)
+        texts = [t.get("prompt", t["instruction"]) for t in some]
+        results = edit(sources, texts, seed * 1_000_003 + start)
         trips = round_trip(sources) if round_trip else sources
         for t, source, result, trip in zip(some, sources, results, trips):
             facts = read(result)
@@ -172,7 +173,8 @@ def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
             if not (obeyed and kept):
                 wrong = " and ".join(["not obeyed"] * (not obeyed) + ["not kept"] * (not kept))
                 pictures = [source, result, draw(t["target"])]
-                failures.append((f"[{t['kind']}] {t['instruction']}", pictures, f"{wrong}: {brief(facts)}"))
+                failures.append((f"[{t['kind']}] {t['instruction']}", pictures,
+                                 f"{wrong}: {brief(facts)}"))
     good = np.array(good, float)
 
     def part(which):
@@ -186,7 +188,8 @@ def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
     return {"seen": part(lambda t: t["split"] != "heldout"),
             "heldout": part(lambda t: t["split"] == "heldout"),
             "kinds": {kind: part(lambda t: t["kind"] == kind) for kind in KINDS},
-            "unreadable": unreadable / len(triples), "seconds": time.perf_counter() - began, "seed": seed,
+            "unreadable": unreadable / len(triples), "seconds": time.perf_counter() - began,
+            "seed": seed,
             "untouched": dict(zip(("result", "round_trip"), decibel)),
             "failures": failures[::max(1, -(-len(failures) // keep))]}
 
@@ -194,7 +197,8 @@ def evaluate(edit, triples, seed=0, batch=128, round_trip=None, keep=48):
 def report(result):
     """The table that is printed, and quoted."""
     lines = [f"{'':<14}{'obeyed':>8}{'kept':>8}{'both':>8}   95 % interval   edits"]
-    for name, s in {"seen": result["seen"], "held out": result["heldout"], **result["kinds"]}.items():
+    parts = {"seen": result["seen"], "held out": result["heldout"], **result["kinds"]}
+    for name, s in parts.items():
         if s["edits"]:
             shares = "".join(f"{s[k]['score']:>8.1%}" for k in ("obeyed", "kept", "both"))
             low, high = s["both"]["interval"]
@@ -207,24 +211,21 @@ def report(result):
                               f"{result['seconds']:.0f} s"])
 
 
-# --- The trivial ways ---------------------------------------------------------------------------------------
+# --- The trivial ways -----------------------------------------------------------------------------
 
 def full_caption(scene):
     """Everything about a scene that a caption of the world can say."""
-    groups = []
-    for o in scene.objects:
-        group = next((g for g in groups if looks_like(g[0], o, LOOK)), None)
-        group.append(o) if group else groups.append([o])
+    groups = alike(scene.objects)
     names = [phrase(len(g), **{name: getattr(g[0], name) for name in LOOK}) for g in groups]
-    text = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    text = listing(names)
     if len(scene.objects) == len(groups) == 2 and relation(*scene.objects):
         text = f"{names[0]} {WORDS[relation(*scene.objects)][0]} {names[1]}"
     return f"{text} on a {scene.background} background"
 
 
 def sdedit(pipeline, sources, texts, seeds, strength, steps, guidance):
-    """SDEdit (Meng et al. 2022): the source's latents, noised up to strength * T,
-    are denoised with another text."""
+    """SDEdit (Meng et al. 2022): the source's latents, noised up to strength * T, are denoised with
+    another text."""
     import data
     import sample
     import torch
@@ -238,53 +239,37 @@ def sdedit(pipeline, sources, texts, seeds, strength, steps, guidance):
         eps = sample.draw([data.generator(seed, "sample", 0, "z_T") for seed in seeds], z_0)
         z_t = alpha_bar ** 0.5 * z_0 + (1 - alpha_bar) ** 0.5 * eps
         c, mask = pipeline.text_encoder([*texts, *[""] * len(texts)])
-        return pipeline.decode(sample.ddim(pipeline.dit, z_t, c, mask, pipeline.alpha_bar, times, guidance))
+        z_0 = sample.ddim(pipeline.dit, z_t, c, mask, pipeline.alpha_bar, times, guidance)
+        return pipeline.decode(z_0)
 
 
-def round_trip_of(pipeline):
-    """pictures -> what the PS-VAE makes of them: encode (mu), decode."""
-    import data
-    import torch
-
-    def trip(pictures):
-        with torch.no_grad():
-            x = data.to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2), pipeline.device)
-            return data.to_uint8(pipeline.psvae.decode(pipeline.psvae.encode(x)[0]))
-    return trip
+def numbered(first, texts):
+    return [first + i for i in range(len(texts))]
 
 
-def baselines(pipeline, asked, own):
+def baselines(pipeline, trip, asked, own):
     """[(name, triples, edit)]: what an edit model must beat, and the best that it could reach."""
-    targets, trip = iter([draw(t["target"]) for t in asked]), round_trip_of(pipeline)
+    targets = iter([draw(t["target"]) for t in asked])
     captioned = [{**t, "prompt": full_caption(t["target"])} for t in asked]
-
-    def answer(sources, texts, first):
-        return trip(np.stack([next(targets) for _ in texts]))
-
-    def regenerate(sources, texts, first):
-        seeds = [first + i for i in range(len(texts))]
-        return pipeline(texts, seeds, steps=own["steps"], guidance=own["guidance"])
+    how = {name: own[name] for name in ("steps", "guidance")}
 
     def from_noised(strength):
-        return lambda sources, texts, first: sdedit(pipeline, sources, texts,
-                                                    [first + i for i in range(len(texts))], strength,
-                                                    own["steps"], own["guidance"])
+        return lambda sources, texts, first: sdedit(
+            pipeline, sources, texts, numbered(first, texts), strength, **how)
 
-    return [("the right answers, after a PS-VAE round trip", asked, answer),
+    return [("the right answers, after a PS-VAE round trip", asked,
+             lambda sources, texts, first: trip([next(targets) for _ in texts])),
             ("copy the source", asked, lambda sources, texts, first: sources),
-            ("regenerate from a full caption", captioned, regenerate),
+            ("regenerate from a full caption", captioned,
+             lambda sources, texts, first: pipeline(texts, numbered(first, texts), **how)),
             *((f"SDEdit, strength {s}", captioned, from_noised(s)) for s in (0.3, 0.5, 0.7, 0.9))]
 
 
 def main():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    add_model_flags(parser)
-    parser.add_argument("--image-guidance", type=float, nargs="+", help="one or several (the preset's)")
-    parser.add_argument("--count", type=int, default=400, help="edits of each of the two splits (400)")
+    names = ("guidance", "image_guidance", "steps", "eta")
+    parser = parser_of(__doc__, names, "out/editbench.json")
+    parser.add_argument("--count", type=int, default=400, help="edits of each split (400)")
     parser.add_argument("--baselines", action="store_true", help="also score the trivial ways")
-    parser.add_argument("--out", default="out/editbench.json",
-                        help="results; failures go to the .png beside it")
     args = parser.parse_args()
     count = args.count // 4 if args.quick else args.count
     asked = triples("val", count) + triples("heldout", count)
@@ -292,21 +277,21 @@ def main():
     if not pipeline.edits:
         parser.error(f"the model ({name}) was trained without edits")
 
-    def model(guidance, image_guidance, steps, eta):
-        return lambda sources, texts, first: pipeline(texts, [first + i for i in range(len(texts))], sources,
-                                                      steps=steps, guidance=guidance,
-                                                      image_guidance=image_guidance, eta=eta)
+    def model(how):
+        return lambda sources, texts, first: pipeline(texts, numbered(first, texts), sources, **how)
 
-    contenders = []
-    grid = [getattr(args, key) or [own[key]] for key in ("guidance", "image_guidance", "steps", "eta")]
-    for s, s_image, steps, eta, seed in itertools.product(*grid, args.seed):
-        title = f"guidance {s:g}, image guidance {s_image:g}, {steps} steps, eta {eta:g}, seed {seed}"
-        contenders.append((title, asked, model(s, s_image, steps, eta), seed))
+    contenders, trip = [], functools.partial(round_trip, pipeline.psvae, device=pipeline.device)
+    grid = [getattr(args, name) or [own[name]] for name in names]
+    for *values, seed in itertools.product(*grid, args.seed):
+        s, s_image, steps, eta = values
+        title = (f"guidance {s:g}, image guidance {s_image:g}, {steps} steps, eta {eta:g}, "
+                 f"seed {seed}")
+        contenders.append((title, asked, model(dict(zip(names, values))), seed))
     if args.baselines:
-        contenders += [(*baseline, 0) for baseline in baselines(pipeline, asked, own)]
+        contenders += [(*baseline, 0) for baseline in baselines(pipeline, trip, asked, own)]
     results, shown = [], None
     for title, rows, apply, seed in contenders:
-        result = evaluate(apply, rows, seed, args.batch, round_trip_of(pipeline))
+        result = evaluate(apply, rows, seed, args.batch, trip)
         failures = result.pop("failures")
         shown = failures if shown is None else shown
         print(f"\n{name}: {title}\n{report(result)}", flush=True)

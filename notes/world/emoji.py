@@ -1,16 +1,19 @@
-"""A real captioned set with edits, to try the project on: Microsoft's Fluent Emoji in 3D, 256 px, on white.
+"""A real captioned set with edits, to try the project on: Microsoft's Fluent Emoji in 3D, 256 px,
+on white.
 
-    python notes/world/emoji.py --out emoji                 downloads two npm packages (16 MB), writes emoji/
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0     or fetch them yourself, and then
-    python notes/world/emoji.py --out emoji --packages .
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0     fetches two packages, 16 MB
+    python notes/world/emoji.py --out emoji --packages .                 makes a folder of them
     python svae.py --data emoji --preset tiny --out out_emoji --z-dim 48
     python psvae.py --out out_emoji --beta 3e-4 --steps 3000
-    python dit.py --out out_emoji --edit-fraction 0.75 --steps 2200      the three: 50 minutes on one core
-    python notes/world/emoji.py --page notes/world/emoji.png --model out_emoji    held-out edits: source, result, truth
+    python dit.py --out out_emoji --edit-fraction 0.75 --steps 2200      all: 50 minutes on a core
+    python notes/world/emoji.py --page notes/world/emoji.png --model out_emoji      held-out edits
 
-Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every picture that
-has a name; an edit (source, instruction, result) for every pair that differs in skin tone alone, in gender
-alone or in hair alone. What is written is a folder with a metadata.jsonl, as data.py reads any other.
+Without --packages it downloads them itself.
+
+Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every
+picture that has a name; an edit (source, instruction, result) for every pair that differs in skin
+tone alone, in gender alone or in hair alone. What is written is a folder with a metadata.jsonl, as
+data.py reads any other.
 """
 
 import argparse
@@ -40,8 +43,8 @@ TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": 
          "1f3ff": "dark"}
 PEOPLE = {"1f468": "man", "1f469": "woman", "1f9d1": "person"}
 SIGNS = {"2642": "man", "2640": "woman"}
-HAIR = {"1f9b0": "make the hair red", "1f9b1": "make the hair curly", "1f9b3": "make the hair white",
-        "1f9b2": "remove the hair"}
+HAIR = {"1f9b0": "make the hair red", "1f9b1": "make the hair curly",
+        "1f9b3": "make the hair white", "1f9b2": "remove the hair"}
 
 
 def package(name: str, folder: str) -> tarfile.TarFile:
@@ -49,19 +52,21 @@ def package(name: str, folder: str) -> tarfile.TarFile:
     address, digest = PACKAGES[name]
     path = Path(folder) / name
     if folder and not path.is_file():
-        sys.exit(f"error: {path} is not there. `npm pack` writes it (see `python notes/world/emoji.py --help`).")
+        sys.exit(f"error: {path} is not there. `npm pack` writes it (see --help).")
     try:
-        content = path.read_bytes() if folder else urllib.request.urlopen(address, timeout=60).read()
+        content = (path.read_bytes() if folder else
+                   urllib.request.urlopen(address, timeout=60).read())
     except OSError as error:
-        sys.exit(f"error: {address} could not be read ({error}). Fetch the packages elsewhere and give "
-                 f"--packages DIR.")
+        sys.exit(f"error: {address} could not be read ({error}). Fetch the packages elsewhere and "
+                 f"give --packages DIR.")
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != digest:
         sys.exit(f"error: {name} has another checksum than the file that this script knows.")
     return tarfile.open(fileobj=io.BytesIO(content))
 
 
 def parts(stem: str) -> dict:
-    """What a sequence of code points says: its tones, gender, hair, and what is left without each of them."""
+    """What a sequence of code points says: its tones, gender, hair, and what is left without each
+    of them."""
     points = [p for p in stem.split("-") if p not in ("fe0f", "200d")]
     people = [p for p in points if p in PEOPLE]
     sign = next((SIGNS[p] for p in points if p in SIGNS), None)
@@ -103,7 +108,8 @@ def rows_of(stems: list[str], names: dict[tuple, str]) -> list[dict]:
 
 
 def build(out: Path, packages: str):
-    table = package("unicode-emoji-json-0.9.0.tgz", packages).extractfile("package/data-by-emoji.json")
+    table = package("unicode-emoji-json-0.9.0.tgz", packages)
+    table = table.extractfile("package/data-by-emoji.json")
     names = {tuple(f"{ord(c):04x}" for c in emoji if c not in "\ufe0f\u200d"): entry["name"].lower()
              for emoji, entry in json.load(table).items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,8 @@ def build(out: Path, packages: str):
 
 
 def page(path: Path, model: str, folder: str, count: int, guidance: float):
-    """Source | two results | the true picture, for edits of which neither picture was seen in training."""
+    """Source | two results | the true picture, for edits of which neither picture was seen in
+    training."""
     import numpy as np
     import data
     from sample import Pipeline
@@ -136,11 +143,11 @@ def page(path: Path, model: str, folder: str, count: int, guidance: float):
     chosen = [row for row in turns if row][:count]
     read = lambda i: data.user_image(held_out.path(i), pipeline.size)
     sources = np.stack([read(source) for _, _, source in chosen])
-    texts, results = [text for _, text, _ in chosen], []
-    for seed in (0, 1):
-        results.append(pipeline(texts, [seed * 1000 + i for i in range(len(chosen))], sources,
-                                guidance=guidance))
-    rows = [[sources[i], results[0][i], results[1][i], read(image)] for i, (image, _, _) in enumerate(chosen)]
+    texts = [text for _, text, _ in chosen]
+    results = [pipeline(texts, [seed + i for i in range(len(chosen))], sources, guidance=guidance)
+               for seed in (0, 1000)]
+    truths = [read(image) for image, _, _ in chosen]
+    rows = [list(row) for row in zip(sources, *results, truths)]
     heads = ["source", "result", "another seed", "true picture"]
     data.save_png(data.grid(rows, [[text, "", "", ""] for text in texts], heads, least=128), path)
     print(f"wrote {path}: {len(chosen)} edits of held-out pictures, none left out")
@@ -150,11 +157,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="emoji", help="folder to write (emoji)")
-    parser.add_argument("--packages", default="", help="folder with the two .tgz files: no download")
-    parser.add_argument("--page", default="", help="write a page of edits with a trained model instead")
-    parser.add_argument("--model", default="out", help="folder with psvae.pt and dit.pt, for --page (out)")
+    parser.add_argument("--packages", default="", help="folder of the two .tgz: no download")
+    parser.add_argument("--page", default="", help="write a page of edits by a model instead")
+    parser.add_argument("--model", default="out", help="folder of the model, for --page (out)")
     parser.add_argument("--count", type=int, default=16, help="edits on the page (16)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale on the page (2)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="on the page (2)")
     args = parser.parse_args()
     if args.page:
         page(Path(args.page), args.model, args.out, args.count, args.guidance)

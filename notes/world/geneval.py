@@ -1,17 +1,19 @@
-"""GenEval for the built-in world: 553 prompts over its six tasks, four pictures of each, read by the judge.
+"""GenEval for the built-in world: 553 prompts over its six tasks, four pictures of each, read by
+the judge.
 
-    python notes/world/geneval.py                      the model that sample.py would take: 2,212 pictures
-    python notes/world/geneval.py --quick              139 prompts, a picture each: a first impression
+    python notes/world/geneval.py                      the model of sample.py: 2,212 pictures
+    python notes/world/geneval.py --quick              139 prompts, a picture of each
     python notes/world/geneval.py --typed              the same prompts, worded as people type them
     python notes/world/geneval.py --guidance 1 2 4 --steps 10 25 50    a sweep: quality against cost
     python notes/world/geneval.py --seed 0 1 2         the spread over sampling seeds
-    python notes/world/geneval.py --compare a.json b.json   the difference of two results, with its interval
+    python notes/world/geneval.py --compare a.json b.json   two results, with an interval
 
-The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94 colours,
-100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A picture counts if the
-judge reads it and finds exactly what the prompt says: objects that nobody asked for are errors. Prompts that
-name a (colour, shape) pair which training never shows are scored apart, as held out. Intervals: bootstrap
-over prompts, 95 %. Writes out/geneval.json, and out/geneval.png: failures, with what the judge saw.
+The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94
+colours, 100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A
+picture counts if the judge reads it and finds exactly what the prompt says: objects that nobody
+asked for are errors. Prompts that name a (colour, shape) pair which training never shows are scored
+apart, as held out. Intervals: bootstrap over prompts, 95 %. Writes out/geneval.json, and
+out/geneval.png: failures, with what the judge saw.
 """
 
 import argparse
@@ -27,17 +29,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from notes.world.judge import check, read                                                # noqa: E402
-from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES,   # noqa: E402
-                               SIZES, STYLES, WORDS, Object, Scene, choose, draw, generator, noun,
-                               pick_look, place, with_article)
+from notes.world.judge import check, read  # noqa: E402
+from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, PAIRS,  # noqa: E402
+                               SHAPES, SIZES, STYLES, WORDS, Object, Scene, choose, draw,
+                               generator, many, noun, pick_look, place, with_article)
 
 TASKS = {"single": 80, "two": 99, "counting": 80, "colours": 94, "position": 100, "binding": 100}
 HELD_OUT_SHARE = 0.2   # of the prompts of the four tasks that name colours
 BOOTSTRAP = 1000       # times that the prompts are drawn again
 
 
-# --- Prompts ------------------------------------------------------------------------------------------------
+# --- Prompts --------------------------------------------------------------------------------------
 
 class Plain:
     """Stands in for a random generator where the first of several wordings is wanted."""
@@ -47,7 +49,8 @@ class Plain:
 
 
 def phrase(count=1, **said):
-    """'three large red stars', in the plainest wording, of shape and maybe colour, size and style."""
+    """'three large red stars', in the plainest wording, of shape and maybe colour, size and
+    style."""
     o = Object(**{"shape": "", "colour": "", "size": "", "style": "", **said})
     name = noun(o, said, Plain(), plural=count > 1)
     return f"{NUMBERS[count]} {name}" if count > 1 else with_article(name)
@@ -57,19 +60,20 @@ def _proposals(task):
     """Endless (text, requirement) for a task; the colours begin with each (colour, shape) once."""
     if task == "colours":
         for colour, shape in PAIRS:
-            yield phrase(shape=shape, colour=colour), {"objects": [{"shape": shape, "colour": colour}]}
+            said = {"shape": shape, "colour": colour}
+            yield phrase(**said), {"objects": [said]}
     rng = generator("geneval", task)
-    extras = ({}, {"size": "small"}, {"size": "large"}, {"style": "filled"}, {"style": "outline"})
+    extras = ({}, *({"size": size} for size in SIZES), *({"style": style} for style in STYLES))
     while True:
-        shapes = [str(s) for s in rng.permutation(SHAPES)]        # never the same twice in one prompt
+        shapes = [str(s) for s in rng.permutation(SHAPES)]   # none twice in a prompt
         colours = [str(c) for c in rng.permutation(list(COLOURS))]
         extra = [choose(rng, extras, p=(0.4, 0.15, 0.15, 0.15, 0.15)) for _ in range(2)]
         count = 1 if task in ("single", "counting", "colours") else 2
-        objects, need, join = [{"shape": s} for s in shapes[:count]], {}, "{} and {}" if count == 2 else "{}"
+        objects, need = [{"shape": s} for s in shapes[:count]], {}
+        join = "{} and {}" if count == 2 else "{}"
         if task in ("single", "two"):
             objects = [{**o, **e} for o, e in zip(objects, extra)]
-        # Counting and position are asked with and without colours;
-        # the colours and attribute binding are about them.
+        # Counting and position come with and without colours; colours and binding are about them.
         elif task in ("colours", "binding") or rng.random() < 0.7:
             objects = [{**o, "colour": c} for o, c in zip(objects, colours)]
         if task == "counting":
@@ -101,17 +105,14 @@ def prompts():
     return rows
 
 
-def plural(word):
-    return word + ("es" if word.endswith(("s", "x")) else "s")
-
-
 SAME = {words[0]: words for words in WORDS.values()}
-SAME |= {plural(words[0]): tuple(map(plural, words)) for shape, words in WORDS.items() if shape in SHAPES}
+SAME |= {many(WORDS[name][0]): tuple(map(many, WORDS[name])) for name in SHAPES if name in WORDS}
 ANY_OF_THEM = re.compile(r"\b(%s)\b" % "|".join(sorted(SAME, key=len)[::-1]))
 
 
 def as_people_type(text, rng):
-    """The same in other words: synonyms, no articles, a capital, a full stop, each in half of the cases."""
+    """The same in other words: synonyms, no articles, a capital, a full stop, each in half of the
+    cases."""
     text = ANY_OF_THEM.sub(lambda match: choose(rng, SAME[match[1]]), text)
     text = re.sub(r"\ban? (?=([a-z]))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
     if rng.random() < 0.5:
@@ -136,33 +137,32 @@ def true_picture(requirement, rng):
             return draw(scene)
 
 
-# --- Scores -------------------------------------------------------------------------------------------------
+# --- Scores ---------------------------------------------------------------------------------------
 
 def summarise(tasks, scores):
-    """The mean over tasks of the mean over prompts, and its 95 % interval:
-    prompts drawn again within each task."""
+    """The mean over tasks of the mean over prompts, and its 95 % interval (bootstrap)."""
     rng, scores, tasks = generator("bootstrap"), np.asarray(scores, float), np.asarray(tasks)
     groups = [scores[tasks == task] for task in dict.fromkeys(tasks.tolist())]
     if not groups:
         return {"score": float("nan"), "interval": (float("nan"), float("nan")), "prompts": 0}
-    again = np.mean([g[rng.integers(len(g), size=(BOOTSTRAP, len(g)))].mean(1) for g in groups], axis=0)
+    again = np.mean([g[rng.integers(len(g), size=(BOOTSTRAP, len(g)))].mean(1) for g in groups], 0)
     return {"score": float(np.mean([g.mean() for g in groups])),
             "interval": tuple(np.percentile(again, (2.5, 97.5)).tolist()), "prompts": len(scores)}
 
 
 def evaluate(generate, prompts, n=4, seed=0, batch=128, keep=96):
-    """Scores `generate(texts, seed) -> uint8 (N, 64, 64, 3)`,
-    whose picture k is to start from noise of seed + k.
+    """Scores `generate(texts, seed) -> uint8 (N, 64, 64, 3)`; picture k from noise of seed + k.
 
-    Returns {"overall", "seen", "heldout", "tasks": {task: …}: each {"score", "interval", "prompts"},
-    "unreadable", "seconds", "scores": of each prompt, "failures": [(text, picture, what the judge read)],
-    "n", "seed"}.
+    Returns {"overall", "seen", "heldout", "tasks": {task: …}: each {"score", "interval",
+    "prompts"}, "unreadable", "seconds", "scores": of each prompt, "failures": [(text, picture, what
+    the judge read)], "n", "seed"}.
     """
     jobs = [row for row in prompts for _ in range(n)]
     good, unreadable, failures, began = [], 0, [], time.perf_counter()
     for start in range(0, len(jobs), batch):
         some = jobs[start:start + batch]
-        for row, picture in zip(some, generate([row["text"] for row in some], seed * 1_000_003 + start)):
+        drawn = generate([row["text"] for row in some], seed * 1_000_003 + start)
+        for row, picture in zip(some, drawn):
             facts = read(picture)
             good.append(check(facts, row["requirement"]))
             unreadable += facts is None
@@ -175,7 +175,8 @@ def evaluate(generate, prompts, n=4, seed=0, batch=128, keep=96):
         return summarise([prompts[i]["task"] for i in chosen], scores[chosen])
 
     return {"overall": part(lambda row: True),
-            "seen": part(lambda row: not row["heldout"]), "heldout": part(lambda row: row["heldout"]),
+            "seen": part(lambda row: not row["heldout"]),
+            "heldout": part(lambda row: row["heldout"]),
             "tasks": {task: part(lambda row: row["task"] == task) for task in TASKS},
             "unreadable": unreadable / len(jobs), "seconds": time.perf_counter() - began,
             "scores": scores.tolist(),
@@ -191,26 +192,25 @@ def report(result):
     for name, s in parts.items():
         if s["prompts"]:
             low, high = s["interval"]
-            lines.append(f"{name:<14}{s['score']:>7.1%}   {low:>6.1%} – {high:<6.1%}{s['prompts']:>8}")
+            lines.append(f"{name:<14}{s['score']:>7.1%}   {low:>6.1%} – {high:<6.1%}"
+                         f"{s['prompts']:>8}")
     return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; "
                               f"{result['seconds']:.0f} s"])
 
 
 def compare(first, second):
-    """Overall score of the second result file less that of the first, paired by prompt,
-    over all seeds in each."""
+    """Overall score of the second result file less the first's, paired by prompt, over seeds."""
     a, b = (np.mean([r["scores"] for r in json.loads(Path(name).read_text())], axis=0)
             for name in (first, second))
     tasks = [row["task"] for row in prompts()]
     if not len(a) == len(b) == len(tasks):
-        raise SystemExit(f"--compare needs two full runs over {len(tasks)} prompts, "
-                         f"not over {len(a)} and {len(b)}")
+        raise SystemExit(f"--compare needs {len(tasks)} prompts in each, not {len(a)}, {len(b)}")
     s = summarise(tasks, b - a)
     low, high = s["interval"]
     return f"{second} less {first}: {s['score']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
 
 
-# --- What a person looks at ---------------------------------------------------------------------------------
+# --- What a person looks at -----------------------------------------------------------------------
 
 def brief(facts):
     """What the judge saw, in few words: 'filled' and 'small' go without saying."""
@@ -218,8 +218,8 @@ def brief(facts):
         return "unreadable"
     names = Counter()
     for o in facts.objects:
-        words = [*["large"] * (o.size == "large"), *["hollow"] * (o.style == "outline"), o.colour, o.shape]
-        names[" ".join(words)] += 1
+        large, hollow = "large " * (o.size == "large"), "hollow " * (o.style == "outline")
+        names[f"{large}{hollow}{o.colour} {o.shape}"] += 1
     return ", ".join(f"{k} x {name}" if k > 1 else name for name, k in names.items()) or "nothing"
 
 
@@ -254,18 +254,22 @@ def gallery(cells, columns=8, side=2 * CANVAS):
     return page
 
 
-# --- The model that sample.py would take --------------------------------------------------------------------
+# --- The model that sample.py would take ----------------------------------------------------------
 
-def add_model_flags(parser):
-    parser.add_argument("--model", default="",
-                        help="folder with psvae.pt and dit.pt (out, else the shipped one)")
-    parser.add_argument("--guidance", type=float, nargs="+", help="one or several (the preset's)")
-    parser.add_argument("--steps", type=int, nargs="+", help="DDIM steps, one or several (the preset's)")
-    parser.add_argument("--eta", type=float, nargs="+", help="one or several (the preset's)")
+def parser_of(doc, settings, out):
+    """The flags of both benches; each of `settings` takes one value or several."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="folder of the model (out, else the shipped)")
+    for name in settings:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int if name == "steps" else float,
+                            nargs="+", help="one or several (the preset's)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several (0)")
     parser.add_argument("--batch", type=int, default=128, help="pictures drawn at once (128)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the work, for a first impression")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the work")
+    parser.add_argument("--out", default=out, help="results; failures go to the .png beside it")
+    return parser
 
 
 def load(args):
@@ -281,8 +285,9 @@ def load(args):
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    settings = {name: getattr(sample.Config, name) for name in ("guidance", "steps", "image_guidance", "eta")}
-    settings |= {k: v for k, v in sample.PRESETS.get(pipeline.config["preset"], {}).items() if k in settings}
+    preset = sample.PRESETS.get(pipeline.config["preset"], {})
+    settings = {name: preset.get(name, getattr(sample.Config, name))
+                for name in ("guidance", "steps", "image_guidance", "eta")}
     return pipeline, f"{folder}, step {pipeline.step:,}", settings
 
 
@@ -296,12 +301,8 @@ def save(results, failures, out):
 
 
 def main():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    add_model_flags(parser)
+    parser = parser_of(__doc__, ("guidance", "steps", "eta"), "out/geneval.json")
     parser.add_argument("--n", type=int, default=4, help="pictures of each prompt (4)")
-    parser.add_argument("--out", default="out/geneval.json",
-                        help="results; failures go to the .png beside it")
     parser.add_argument("--typed", action="store_true",
                         help="worded as people type: synonyms, no articles, capitals, full stops")
     parser.add_argument("--prompts", action="store_true", help="only print the prompts")
@@ -309,11 +310,12 @@ def main():
     args = parser.parse_args()
     asked = prompts()
     if args.typed:
-        asked = [row | {"text": as_people_type(row["text"], generator("typed", row["text"]))} for row in asked]
-    if args.prompts:
-        lines = [f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}"
+        asked = [row | {"text": as_people_type(row["text"], generator("typed", row["text"]))}
                  for row in asked]
-        return print("\n".join(lines))
+    if args.prompts:
+        for row in asked:
+            print(f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}")
+        return
     if args.compare:
         return print(compare(*args.compare))
     if args.quick:
@@ -330,14 +332,8 @@ def main():
         failures = result.pop("failures")
         print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}"
               f"{', as typed' * args.typed}\n{report(result)}", flush=True)
-        results.append({"model": name, "typed": args.typed, "guidance": guidance, "steps": steps, "eta": eta, **result})
-    if len(results) > 1:
-        print(f"\n{'guidance':>9}{'steps':>7}{'eta':>6}{'seed':>6}{'overall':>9}"
-              f"{'seen':>8}{'held out':>10}{'seconds':>9}")
-        for r in results:
-            scores = [r[part]["score"] for part in ("overall", "seen", "heldout")]
-            print(f"{r['guidance']:>9g}{r['steps']:>7}{r['eta']:>6g}{r['seed']:>6}{scores[0]:>9.1%}"
-                  f"{scores[1]:>8.1%}{scores[2]:>10.1%}{r['seconds']:>9.0f}")
+        results.append({"model": name, "typed": args.typed, "guidance": guidance, "steps": steps,
+                        "eta": eta, **result})
     save(results, [(text, [picture], brief(facts)) for text, picture, facts in failures], args.out)
 
 

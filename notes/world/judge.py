@@ -1,13 +1,13 @@
 """Reads a picture of the built-in world back into facts, by geometry, or says that it can not.
 
-    python notes/world/judge.py                how often it is right, and how often it rightly refuses (a minute)
-    python notes/world/judge.py --model out    also on pictures that went through the PS-VAE of that folder
+    python notes/world/judge.py                how often it is right, or rightly refuses: a minute
+    python notes/world/judge.py --model out    also on pictures out of the PS-VAE of that folder
     python notes/world/judge.py a.png b.png    what it sees there
 
 It knows the palette and the outlines of the shapes, nothing else. Each connected region that is not
-background is compared with 24 templates (6 shapes x 2 sizes x 2 styles) at its centre of mass. A picture
-counts only if every region is clean: one palette colour, one shape that fits and fits clearly best; and
-nothing may be left over. All else is unreadable, which counts as wrong.
+background is compared with 24 templates (6 shapes x 2 sizes x 2 styles) at its centre of mass. A
+picture counts only if every region is clean: one palette colour, one shape that fits and fits
+clearly best; and nothing may be left over. All else is unreadable, which counts as wrong.
 """
 
 import argparse
@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, SHAPES, SIZES, STROKE, STYLES,  # noqa: E402
-                               Object, Scene, draw, generator, polygon, relation, scene)
+from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, LOOK, SHAPES, SIZES,  # noqa: E402
+                               STROKE, STYLES, Object, Scene, draw, generator, polygon,
+                               relation, scene)
 
 BACKGROUND_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 OBJECT_RGB = np.array(list(COLOURS.values()), np.float32)
@@ -32,18 +33,18 @@ PALETTE = np.concatenate([BACKGROUND_RGB, OBJECT_RGB])
 # Tolerances in RGB distance: palette colours are 60 or more apart, averages of two stay 30 away,
 # a decoder errs by 5.
 BACKGROUND_OFF = 18.0   # of the background's median from its palette colour
-COLOUR_OFF = 24.0       # of an object's colour, fitted through its template, from its palette colour
+COLOUR_OFF = 24.0       # of an object's colour, fitted through its template, from the palette's
 FLATNESS = 11.0         # RMS of whatever the reading leaves unexplained, edges of objects left out
 GHOST = 28.0            # the same, averaged over any 5 x 5 pixels
 # Tolerances of shape.
 SPECK = 5               # pixels: a smaller region is no object (but may be a ghost)
 MISFIT = 0.055          # squared difference of coverage, per pixel of edge: deformed beyond this
 RIVAL = 1.5             # the second best shape must fit this many times worse
-# Sigma in pixels: a decoder's edges are never quite sharp, but whatever the last one fits best is blurred.
+# Sigma in pixels: no decoder's edges are quite sharp, but what the last one fits best is blurred.
 SOFTNESS = (0.0, 0.6, 0.95, 1.3, 2.0)
 
 TEMPLATES = list(itertools.product(SHAPES, SIZES, STYLES))
-HALF = 19               # a template is 2 HALF pixels wide: the large triangle reaches 17 from its centre
+HALF = 19               # half a template's width: the large triangle reaches 17 from its centre
 WIDTH = 2 * HALF
 
 
@@ -55,18 +56,18 @@ def templates():
     lengths of edge (24 * 5,).
     """
     fine = 8
-    masks, edges = (np.zeros((len(TEMPLATES), fine * WIDTH, fine * WIDTH), np.float32),
-                    np.zeros(len(TEMPLATES)))
+    masks = np.zeros((len(TEMPLATES), fine * WIDTH, fine * WIDTH), np.float32)
+    edges = np.zeros(len(TEMPLATES))
     for k, (shape, size, style) in enumerate(TEMPLATES):
         image = Image.new("L", masks[k].shape)
         for inset, value in ((0.0, 1), (STROKE, 0))[:1 + (style == "outline")]:
             corners = polygon(shape, size, inset)
-            ImageDraw.Draw(image).polygon([tuple(c) for c in ((corners + HALF) * fine).tolist()], fill=value)
+            ImageDraw.Draw(image).polygon(((corners + HALF) * fine).ravel().tolist(), fill=value)
             edges[k] += np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1).sum()
         masks[k] = np.asarray(image)
     out = np.zeros((4, 4, len(TEMPLATES), len(SOFTNESS), WIDTH, WIDTH), np.float32)
     at = np.arange(WIDTH)
-    for j, i in itertools.product(range(4), range(4)):   # no template gets to the border: only 0 rolls over
+    for j, i in itertools.product(range(4), range(4)):   # at the border are zeros: they roll over
         moved = np.roll(masks, (j * fine // 4, i * fine // 4), axis=(1, 2))
         sharp = moved.reshape(len(TEMPLATES), WIDTH, fine, WIDTH, fine).mean((2, 4))
         for level, sigma in enumerate(SOFTNESS):
@@ -78,11 +79,10 @@ def templates():
 
 
 def regions(mask):
-    """Connected regions of a bool (H, W), diagonals included: labels 1, 2, …, 0 outside;
-    and how many there are."""
+    """Connected regions of a bool (H, W), diagonals included: numbered from 1, else 0; how many."""
     step = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    runs = [(y, a, b)
-            for (y, a), b in zip(np.argwhere(step == 1).tolist(), np.nonzero(step == -1)[1].tolist())]
+    runs = [(y, a, b) for (y, a), b in zip(np.argwhere(step == 1).tolist(),
+                                           np.nonzero(step == -1)[1].tolist())]
     parent = list(range(len(runs)))   # a union-find over the runs of the rows
 
     def root(k):
@@ -104,23 +104,18 @@ def regions(mask):
 
 def grow(mask, by=1):
     """Every pixel within `by` of the mask, diagonals included."""
-    for _ in range(by):
-        mask = mask.copy()
-        for axis in (0, 1):
-            view = np.moveaxis(mask, axis, 0)
-            before = view.copy()
-            view[1:] |= before[:-1]
-            view[:-1] |= before[1:]
-    return mask
+    padded = np.pad(mask, by)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * by + 1, 2 * by + 1))
+    return windows.any((2, 3))
 
 
 def read(picture):
     """A picture, uint8 (64, 64, 3) -> a Scene with the objects' centres, or None: unreadable."""
     picture = np.asarray(picture)
     if picture.shape != (CANVAS, CANVAS, 3):
-        raise ValueError(f"the judge reads pictures of shape {(CANVAS, CANVAS, 3)}, not {picture.shape}")
+        raise ValueError(f"the judge reads pictures of 64 x 64 x 3, not {picture.shape}")
     rgb = picture.astype(np.float32)
-    # Squared distances from the palette, but for the pixel's own |p|^2, which all of them have in common.
+    # Squared distances from the palette, less the pixel's own |p|^2, which all have in common.
     distance = (PALETTE ** 2).sum(1) - 2 * (rgb @ PALETTE.T)
     nearest = distance.argmin(-1)
     back = int(np.bincount(nearest.ravel(), minlength=len(PALETTE))[:len(BACKGROUND_RGB)].argmax())
@@ -168,12 +163,12 @@ def _colour(rgb, base, mask):
 
 
 def misfits(alpha, y, x):
-    """How badly each template, centred at (x, y) to a quarter of a pixel, fits coverage alpha (64, 64), per
-    pixel of its edge; k -> template k's coverage in the window; the window of the picture."""
+    """How badly each template, centred at (x, y) to a quarter of a pixel, fits coverage alpha
+    (64, 64), per pixel of its edge; k -> template k's coverage in the window; that window."""
     quarter_y, quarter_x = round(4 * y), round(4 * x)
     top, left = quarter_y // 4 - HALF, quarter_x // 4 - HALF
     window = (slice(max(0, top), top + WIDTH), slice(max(0, left), left + WIDTH))
-    inside = (slice(max(0, -top), CANVAS - top), slice(max(0, -left), CANVAS - left))   # in the template
+    inside = (slice(max(0, -top), CANVAS - top), slice(max(0, -left), CANVAS - left))
     stack, norms, edge = templates()
     stack, norms = stack[quarter_y % 4, quarter_x % 4], norms[quarter_y % 4, quarter_x % 4]
     cut = np.zeros((WIDTH, WIDTH), np.float32)
@@ -184,10 +179,10 @@ def misfits(alpha, y, x):
 
 
 def _match(rgb, base, labels, label):
-    """One region of a picture whose background `base` was subtracted, or None where it is not a clean object.
+    """One region of a picture whose background `base` was subtracted, or None: no clean object.
 
-    Returns the Object, its colour (less the background's too),
-    the window of its template and the coverage there.
+    Returns the Object, its colour (less the background's too), the window of its template and the
+    coverage there.
     """
     mask = labels == label
     ys, xs = np.nonzero(mask)
@@ -217,17 +212,17 @@ def _match(rgb, base, labels, label):
     fitted = np.tensordot(weight, rgb[window], 2) / (weight ** 2).sum()
     if np.linalg.norm(fitted - way) > COLOUR_OFF:
         return None
-    shape, size, style = TEMPLATES[best // len(SOFTNESS)]
-    return (Object(shape, list(COLOURS)[colour], size, style, round(x, 2), round(y, 2)), fitted, window,
-            coverage)
+    o = Object(TEMPLATES[best // len(SOFTNESS)][0], list(COLOURS)[colour],
+               *TEMPLATES[best // len(SOFTNESS)][1:], round(x, 2), round(y, 2))
+    return o, fitted, window, coverage
 
 
 def check(facts, requirement):
     """Whether a reading meets a requirement; extra objects, or an unreadable picture, do not.
 
-    requirement: {"objects": [{"shape": "circle", "colour": "red", "count": 2}, …], "relation": "above",
-    "background": "gray"}; each attribute of an object, "count" (1), "relation" (of the first object to the
-    second) and "background" may be left out.
+    requirement: {"objects": [{"shape": "circle", "colour": "red", "count": 2}, …], "relation":
+    "above", "background": "gray"}; each attribute of an object, "count" (1), "relation" (of the
+    first object to the second) and "background" may be left out.
     """
     if facts is None or requirement.get("background", facts.background) != facts.background:
         return False
@@ -241,27 +236,27 @@ def check(facts, requirement):
                for order in itertools.permutations(facts.objects))
 
 
-# --- How good is the judge? ---------------------------------------------------------------------------------
+# --- How good is the judge? -----------------------------------------------------------------------
 
 START = 10 ** 6   # its pictures lie far behind any that a world on disk holds
 
 
 def facts_right(truth, facts):
-    """[(name, true value, read value)] for each fact of a scene; objects are told apart by their places."""
+    """[(name, true value, read value)] for each fact of a scene; a place tells which object."""
     facts = facts or Scene("unreadable", ())
     rows = [("background", truth.background, facts.background),
             ("count", len(truth.objects), len(facts.objects))]
     for o in truth.objects:
-        twin = min(facts.objects, key=lambda p: np.hypot(p.x - o.x, p.y - o.y), default=None)
-        for name in ("shape", "colour", "size", "style"):
-            rows.append((name, getattr(o, name), getattr(twin, name, "unreadable")))
-        rows.append(("place", "right",
-                     "right" if twin and np.hypot(twin.x - o.x, twin.y - o.y) < 0.5 else "off"))
+        away = lambda p: np.hypot(p.x - o.x, p.y - o.y)
+        twin = min(facts.objects, key=away, default=None)
+        rows += [(name, getattr(o, name), getattr(twin, name, "unreadable")) for name in LOOK]
+        rows.append(("place", "right", "right" if twin and away(twin) < 0.5 else "off"))
     return rows
 
 
 def measure(pictures, truths):
-    """Share of right facts, share of wholly right pictures, and the errors: Counter of (fact, true, read)."""
+    """Share of right facts, share of wholly right pictures, and the errors: Counter of (fact, true,
+    read)."""
     errors, right, whole = collections.Counter(), [], 0
     for picture, truth in zip(pictures, truths):
         rows = facts_right(truth, read(picture))
@@ -271,11 +266,18 @@ def measure(pictures, truths):
     return float(np.mean(right)), whole / len(truths), errors
 
 
+def blurred(picture, sigma):
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+def to_bytes(picture):
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
 def soften(picture, rng):
     """What a good decoder does: slightly soft edges, slight noise, colours a little off (29 dB)."""
-    blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.15)), np.float32)
-    return np.clip(
-        blurred + rng.normal(0, 3, picture.shape) + rng.uniform(-5, 5, 3), 0, 255).round().astype(np.uint8)
+    noisy = blurred(picture, 1.15) + rng.normal(0, 3, picture.shape) + rng.uniform(-5, 5, 3)
+    return to_bytes(noisy.round())
 
 
 def spoil(kind, index, rng):
@@ -283,11 +285,11 @@ def spoil(kind, index, rng):
     truth = scene(index, "val")
     picture = draw(truth)
     if kind == "blurred":
-        return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(float(rng.uniform(2, 5)))))
+        return blurred(picture, float(rng.uniform(2, 5)))
     if kind == "half-blended":
         share = rng.uniform(0.35, 0.65)
-        return (share * picture + (1 - share) * draw(scene(index + 1, "val"))).round().astype(np.uint8)
-    if kind == "off-palette":   # the background's colour, or one object's, becomes one that is on no palette
+        return to_bytes((share * picture + (1 - share) * draw(scene(index + 1, "val"))).round())
+    if kind == "off-palette":   # the background's colour, or one object's, is on no palette
         colours = [BACKGROUNDS[truth.background], *(COLOURS[o.colour] for o in truth.objects)]
         old, new = colours[int(rng.integers(len(colours)))], PALETTE[0]
         while np.linalg.norm(PALETTE - new, axis=1).min() < 45:
@@ -299,31 +301,27 @@ def spoil(kind, index, rng):
     if index % 3 == 1:
         coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         return np.asarray(Image.fromarray(coarse).resize((CANVAS, CANVAS), Image.BICUBIC))
-    return np.clip(picture + rng.normal(0, rng.uniform(30, 90), picture.shape), 0, 255).astype(np.uint8)
+    return to_bytes(picture + rng.normal(0, rng.uniform(30, 90), picture.shape))
 
 
-def round_trip(folder, pictures, batch=250):
-    """The pictures as the PS-VAE of a folder encodes (mu) and decodes them."""
+def round_trip(model, pictures, device="cpu", batch=250):
+    """Pictures, uint8 (N, H, W, 3), as a PS-VAE encodes (mu) and decodes them."""
     import torch
     import data
-    from psvae import load_psvae
-    device = data.pick_device("auto")
-    model, _ = load_psvae(Path(folder) / "psvae.pt", device)
     out = []
     with torch.no_grad():
-        for start in range(0, len(pictures), batch):
-            x = data.to_float(torch.from_numpy(np.stack(pictures[start:start + batch])).permute(0, 3, 1, 2),
-                              device)
-            out += list(data.to_uint8(model.decode(model.encode(x)[0])))
-    return out
+        for x in torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).split(batch):
+            mu, _ = model.encode(data.to_float(x, device))
+            out += list(data.to_uint8(model.decode(mu)))
+    return np.stack(out)
 
 
 def main():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="*",
                         help="pictures to read, 64 x 64; without any, the judge is measured")
-    parser.add_argument("--count", type=int, default=5000, help="true pictures to measure with (5000)")
+    parser.add_argument("--count", type=int, default=5000, help="true pictures to measure with")
     parser.add_argument("--model", default="", help="folder with a psvae.pt")
     args = parser.parse_args()
     for name in args.pictures:
@@ -336,8 +334,8 @@ def main():
     began = time.perf_counter()
     facts, whole, _ = measure(pictures, truths)
     each = 1000 * (time.perf_counter() - began) / len(truths)
-    print(f"{args.count} true pictures: {facts:.2%} of the facts, {whole:.2%} of the pictures right; "
-          f"{each:.1f} ms each")
+    print(f"{args.count} true pictures: {facts:.2%} of the facts, {whole:.2%} of the pictures "
+          f"right; {each:.1f} ms each")
 
     def after(name, changed, which=slice(None)):
         changed, true = changed[which], pictures[which]
@@ -350,12 +348,14 @@ def main():
 
     after("the same, softened", [soften(picture, rng) for picture in pictures])
     if args.model:
-        changed = round_trip(args.model, pictures)
+        from psvae import load_psvae
+        model, _ = load_psvae(Path(args.model) / "psvae.pt", "cpu")
+        changed = round_trip(model, pictures)
         print(f"through the PS-VAE of {args.model}:")
         after("  combinations that training shows", changed, slice(0, None, 2))
         after("  a held-out combination in each", changed, slice(1, None, 2))
     for kind in ("blurred", "half-blended", "off-palette", "noise"):
-        refused = [read(spoil(kind, START + i, rng)) is None for i in range(max(1, args.count // 5))]
+        refused = [read(spoil(kind, START + i, rng)) is None for i in range(args.count // 5 or 1)]
         print(f"{kind:>12}: {np.mean(refused):.2%} of {len(refused)} unreadable")
 
 

@@ -2,12 +2,12 @@
 
     python notes/world/swaps.py [--model notes/tiny] [--count 200]
 
-"a red circle above a star" is given to a picture of just that, noised to t, and so is "a red circle below a
-star", with the same noise. A model that reads the word is worse off with the wrong one; the difference of the
-errors of v is what the word tells it at that t, and the share of pictures for which it is positive is 50 %
-where the word is not read. The training loss hardly shows that: a word may stand in a sixth of the captions
-and tell little beside the noise (notes/LOG.md, "What the model does not read"). The pictures are unseen ones
-of the built-in world.
+"a red circle above a star" is given to a picture of just that, noised to t, and so is "a red circle
+below a star", with the same noise. A model that reads the word is worse off with the wrong one; the
+difference of the errors of v is what the word tells it at that t, and the share of pictures for
+which it is positive is 50 % where the word is not read. The training loss hardly shows that: a word
+may stand in a sixth of the captions and tell little beside the noise (notes/LOG.md, "What the model
+does not read"). The pictures are unseen ones of the built-in world.
 """
 
 import argparse
@@ -19,16 +19,17 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data                                                                                       # noqa: E402
-from dit import add_noise, normalise, v_of                                                        # noqa: E402
-from notes.world import world                                                                           # noqa: E402
-from sample import Pipeline                                                                       # noqa: E402
+import data  # noqa: E402
+from dit import add_noise, normalise, v_of  # noqa: E402
+from notes.world import world  # noqa: E402
+from sample import Pipeline  # noqa: E402
 
 TIMES = (400, 500, 600, 700, 800, 900, 1000)    # of 1 to 1000
 
 
 def exchange(pairs: dict[str, str], only: str = ""):
-    """text -> text in which every word of `pairs` is exchanged, where the text starts with one of `only`."""
+    """text -> text in which every word of `pairs` is exchanged, where the text starts with one of
+    `only`."""
     words = re.compile(rf"\b({'|'.join(pairs)})\b")
     return lambda text: (words.sub(lambda match: pairs[match.group()], text)
                          if re.match(only, text) else text)
@@ -39,7 +40,8 @@ def both_ways(*pairs: tuple[str, str]) -> dict[str, str]:
 
 
 def exchange_colours(text: str) -> str:
-    """'a red circle and a blue star' -> 'a blue circle and a red star', where just two objects have one."""
+    """'a red circle and a blue star' -> 'a blue circle and a red star', where just two objects have
+    one."""
     objects, on, background = text.partition(" on ")
     found = re.findall(rf"\b({'|'.join(world.COLOURS)})\b", objects)
     return exchange(both_ways(tuple(found)))(objects) + on + background if len(found) == 2 else text
@@ -53,7 +55,8 @@ SWAPS = {   # name: (of an edit, text -> text)
     "number: two, three": (False, exchange({"two": "three", "three": "four", "four": "two"})),
     "whose colour": (False, exchange_colours),
     "size: small, large": (False, exchange(both_ways(("small", "large"), ("little", "big")))),
-    "style: filled, outlined": (False, exchange(both_ways(("filled", "outlined"), ("solid", "hollow")))),
+    "style: filled, outlined": (False, exchange(both_ways(("filled", "outlined"),
+                                                          ("solid", "hollow")))),
     "add …: above, left": (True, exchange(SIDES, "add|draw|insert")),
     "move …: left, top": (True, exchange(SIDES, "move|push|shift")),
     "make …: larger": (True, exchange(LARGER)),
@@ -62,7 +65,8 @@ SWAPS = {   # name: (of an edit, text -> text)
 
 
 def examples(edit: bool, swap, count: int):
-    """(picture, source or None, text, text with the wrong word) of unseen scenes, where there is one."""
+    """(picture, source or None, text, text with the wrong word) of unseen scenes, where there is
+    one."""
     index = 0
     while count:
         if edit:
@@ -78,8 +82,8 @@ def examples(edit: bool, swap, count: int):
 
 @torch.no_grad()
 def measure(pipeline: Pipeline, edit: bool, swap, count: int) -> list[tuple[float, float, float]]:
-    """For each of TIMES: the error of v with the true text, how much the wrong word adds, and the share of
-    pictures to which it adds."""
+    """For each of TIMES: the error of v with the true text, how much the wrong word adds, and the
+    share of pictures to which it adds."""
     pictures, sources, *texts = zip(*examples(edit, swap, count))
 
     def latents(pictures):
@@ -92,15 +96,11 @@ def measure(pipeline: Pipeline, edit: bool, swap, count: int) -> list[tuple[floa
     for t in (max(1, round(t * pipeline.config["T"] / 1000)) for t in TIMES):
         t = torch.full((count,), t, device=pipeline.device)
         z_t = add_noise(z_0, t, eps, pipeline.alpha_bar)
-        target = v_of(z_0, t, eps, pipeline.alpha_bar)
-
-        def error(c, mask):                 # of v; an error of eps is one of v times sqrt(alpha_bar)
-            prediction = pipeline.dit(z_t, t, c, mask, source)
-            if pipeline.config["predict"] == "eps":
-                return (eps - prediction).square().flatten(1).mean(1) / pipeline.alpha_bar[t]
-            return (target - prediction).square().flatten(1).mean(1)
-
-        true, wrong = (error(*text) for text in said)
+        is_v = pipeline.config["predict"] == "v"
+        target = v_of(z_0, t, eps, pipeline.alpha_bar) if is_v else eps
+        scale = 1 if is_v else pipeline.alpha_bar[t]    # eps's error: sqrt(alpha_bar) times v's
+        true, wrong = ((target - pipeline.dit(z_t, t, *text, source)).square().flatten(1).mean(1)
+                       / scale for text in said)
         more = wrong - true
         found.append((true.mean().item(), more.mean().item(), (more > 0).double().mean().item()))
     return found

@@ -1,23 +1,23 @@
-"""The built-in world: coloured shapes on a plain background, true captions, edits that change one thing.
+"""The built-in world: coloured shapes on a plain background, true captions, edits that change one
+thing.
 
-A picture of this world can be checked against its prompt by geometry instead of by opinion (judge.py does),
-needs no download, and is the same on every machine: everything is a function of (seed, split, index).
+A picture of this world can be checked against its prompt by geometry instead of by opinion
+(judge.py does), needs no download, and is the same on every machine: everything is a function of
+(seed, split, index).
 
-    python notes/world/world.py                      draws out/world (50,000 pictures: half a minute on two cores)
-    python notes/world/world.py --sheet sheet.png    only a contact sheet, to look at
+    python notes/world/world.py                      draws out/world: 50,000 pictures, half a minute
+    python data.py --data out/world                  a contact sheet of it, to look at
 
 What is written is an ordinary folder of images with a metadata.jsonl, as data.py reads any other:
 
-    train/metadata.jsonl   {"file_name", "text"[, "scene"]}             captions: four for every picture, the
-                                                                         first with what there is to see
-                           {"file_name", "text", "source", "kind", …}   an edit:
-                                                                         source + instruction -> picture
+    train/metadata.jsonl   {"file_name", "text"[, "scene"]}           captions: four a picture
+                           {"file_name", "text", "source", "kind"}    edits: source, text -> picture
     val/                   unseen pictures of the same world
     heldout/               pictures that each hold a (colour, shape) pair which training never shows
     world.json             written last: version, count, size, seed
 
-Pictures come in blocks of five: three scenes, then two edits of these. So a small world is the beginning of a
-large one.
+Pictures come in blocks of five: three scenes, then two edits of these. So a small world is the
+beginning of a large one.
 """
 
 import argparse
@@ -31,23 +31,23 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 VERSION = 4   # goes up whenever the same index would draw or say something else
 SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
-# Objects are vivid and backgrounds muted. Neither the average of two backgrounds nor that of an object and a
-# background comes closer than 30 (in RGB) to a palette colour:
-# a half-blended picture can not pass for a clean one.
-COLOURS = {"red": (214, 40, 40), "orange": (255, 136, 20), "yellow": (255, 217, 30), "green": (30, 150, 60),
-           "blue": (30, 85, 220), "purple": (130, 45, 165), "black": (16, 16, 18), "white": (250, 250, 250)}
+# Objects are vivid and backgrounds muted. Neither the average of two backgrounds nor that of an
+# object and a background comes closer than 30 (in RGB) to a palette colour: a half-blended picture
+# can not pass for a clean one.
+COLOURS = {"red": (214, 40, 40), "orange": (255, 136, 20), "yellow": (255, 217, 30),
+           "green": (30, 150, 60), "blue": (30, 85, 220), "purple": (130, 45, 165),
+           "black": (16, 16, 18), "white": (250, 250, 250)}
 BACKGROUNDS = {"gray": (142, 146, 148), "beige": (228, 218, 160), "pink": (224, 158, 172),
                "teal": (86, 182, 180), "brown": (110, 78, 48), "lavender": (164, 144, 222)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
@@ -56,16 +56,18 @@ STYLES = ("filled", "outline")
 LOOK = ("shape", "colour", "size", "style")   # all that is to say of an object but its place
 STROKE = 2.75            # width of an outline: leaves even the small star and cross a visible hole
 MARGIN = 1.2             # least distance to the picture's border
-# Centres are multiples of this, the side of a latent cell. So an object covers the two by two cells round a
-# corner, and a cell holds a quarter of one object or nothing: few things, each seen often (decisions.md).
+# Centres are multiples of this, the side of a latent cell. So an object covers the two by two cells
+# round a corner, and a cell holds a quarter of one object or nothing: few things, each seen often
+# (decisions.md).
 LATTICE = 16
 
-# One pair for every shape: each is still seen in seven colours, and each colour on five shapes or all six.
+# One pair for every shape: each is still seen in seven colours, and each colour on five shapes or
+# all six.
 HELD_OUT = frozenset({("purple", "circle"), ("orange", "square"), ("blue", "triangle"),
                       ("green", "diamond"), ("yellow", "cross"), ("red", "star")})
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 SPLITS = ("train", "val", "heldout")
-CAPTIONS = (True, True, False, False)   # of each picture: two complete ones, two that leave things out
+CAPTIONS = (True, True, False, False)   # of each picture: two complete, two that leave things out
 KINDS = ("add", "remove", "replace", "recolour", "resize/move", "background", "restyle")
 
 
@@ -86,8 +88,9 @@ class Scene:
 
 
 def generator(*key):
-    """A Generator of its own for every key: no order of calls, no number of workers can change a picture."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "big"))
+    """A Generator of its own for every key: no order, no number of workers changes a picture."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 def choose(rng, options, p=None):
@@ -97,12 +100,12 @@ def choose(rng, options, p=None):
     return options[int(np.searchsorted(np.cumsum(p), rng.random() * sum(p)))]
 
 
-# --- Geometry -----------------------------------------------------------------------------------------------
+# --- Geometry -------------------------------------------------------------------------------------
 
 # Corners, degrees by which the first is turned from the top, radius of every second one.
-CORNERS = {"circle": (64, 0, 1.0), "square": (4, 45, 1.0), "diamond": (4, 0, 1.0), "triangle": (3, 0, 1.0),
-           "star": (10, 0, 0.5)}
-ARM = 0.55   # half the width of a cross's arm, by its length: thinner ones would close up as an outline
+CORNERS = {"circle": (64, 0, 1.0), "square": (4, 45, 1.0), "diamond": (4, 0, 1.0),
+           "triangle": (3, 0, 1.0), "star": (10, 0, 0.5)}
+ARM = 0.55   # half the width of a cross's arm, by its length: thinner outlines would close up
 
 
 def _normals(points):
@@ -115,7 +118,7 @@ def _normals(points):
 def polygon(shape, size, inset=0.0):
     """(corners, 2) around (0, 0), its edges moved inwards by `inset`."""
     if shape == "cross":
-        arm = np.array([(-ARM, -1.0), (ARM, -1.0), (ARM, -ARM)])   # and the corner behind; turned four times
+        arm = np.array([(-ARM, -1.0), (ARM, -1.0), (ARM, -ARM)])   # turned four times
         turns = [np.array([(c, s), (-s, c)]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
         points = np.concatenate([arm @ turn for turn in turns])
     else:
@@ -135,8 +138,8 @@ def polygon(shape, size, inset=0.0):
 
 @functools.lru_cache(maxsize=None)
 def room(shape, size):
-    """(left, top, right, bottom, reach): the outermost points of the lattice where its centre may be, and the
-    radius of the circle around it."""
+    """(left, top, right, bottom, reach): the outermost points of the lattice where its centre may
+    be, and the radius of the circle around it."""
     corners = polygon(shape, size)
     low = LATTICE * np.ceil((MARGIN - corners.min(0)) / LATTICE)
     high = LATTICE * np.floor((CANVAS - MARGIN - corners.max(0)) / LATTICE)
@@ -151,7 +154,8 @@ def fits(o, others):
 
 
 def place(objects, rng, fixed=(), tries=20):
-    """Puts `objects` at free points of the lattice beside those already `fixed`; None if there is no room."""
+    """Puts `objects` at free points of the lattice beside those already `fixed`; None if there is
+    no room."""
     for _ in range(tries):   # four objects fit in one way only, the four corners
         done = list(fixed)
         for o in objects:
@@ -178,7 +182,8 @@ def relation(a, b, margin=1.4):
 
 @functools.lru_cache(maxsize=None)
 def _edges(shape, size, inset):
-    """The directions of its corners, increasing, and each edge's normal and distance from the centre."""
+    """The directions of its corners, increasing, and each edge's normal and distance from the
+    centre."""
     corners = polygon(shape, size, inset)
     angles = np.arctan2(corners[:, 1], corners[:, 0])
     corners = np.roll(corners, -int(angles.argmin()), axis=0)
@@ -187,14 +192,15 @@ def _edges(shape, size, inset):
 
 
 def coverage(shape, size, x, y, inset=0.0, scale=1.0):
-    """How much of each pixel at (x, y) from the centre a shape covers, 0 to 1; `scale` pixels to the unit.
+    """How much of each pixel at (x, y) from the centre a shape covers, 0 to 1; `scale` pixels to
+    the unit.
 
-    All shapes are star-shaped: in every direction from the centre there is just one edge, and within half a
-    pixel of it the cover falls from 1 to 0. That is an antialiased polygon, with neither supersampling nor a
-    loop.
+    All shapes are star-shaped: in every direction from the centre there is just one edge, and
+    within half a pixel of it the cover falls from 1 to 0. That is an antialiased polygon, with
+    neither supersampling nor a loop.
     """
     angles, normal, offset = _edges(shape, size, inset)
-    k = np.searchsorted(angles, np.arctan2(y, x)) - 1   # -1, before corner 0: the edge that ends there
+    k = np.searchsorted(angles, np.arctan2(y, x)) - 1   # -1, before corner 0: the edge ending there
     return np.clip(0.5 - scale * (normal[k, 0] * x + normal[k, 1] * y - offset[k]), 0, 1)
 
 
@@ -212,11 +218,12 @@ def draw(scene, size=CANVAS):
         alpha = coverage(o.shape, o.size, x, y, scale=scale)
         if o.style == "outline":
             alpha = alpha - coverage(o.shape, o.size, x, y, STROKE, scale)
-        picture[rows, columns] += alpha[..., None] * (np.array(COLOURS[o.colour]) - picture[rows, columns])
+        under = picture[rows, columns]
+        under += alpha[..., None] * (np.array(COLOURS[o.colour]) - under)
     return picture.round().astype(np.uint8)
 
 
-# --- Scenes -------------------------------------------------------------------------------------------------
+# --- Scenes ---------------------------------------------------------------------------------------
 
 def legal(objects):
     return all(fits(o, objects[:i]) for i, o in enumerate(objects))
@@ -231,7 +238,8 @@ def pick_look(rng, split, colour=None, shape=None):
     for "heldout" every other is held out."""
     pairs = [p for p in PAIRS if colour in (None, p[0]) and shape in (None, p[1])]
     seen, unseen = [p for p in pairs if p not in HELD_OUT], [p for p in pairs if p in HELD_OUT]
-    return choose(rng, unseen if split == "heldout" and unseen and rng.random() < 0.5 else seen or pairs)
+    held_out = split == "heldout" and unseen and rng.random() < 0.5
+    return choose(rng, unseen if held_out else seen or pairs)
 
 
 @functools.lru_cache(maxsize=16)   # the edits of a block ask for its scenes again
@@ -240,9 +248,8 @@ def scene(index, split="train", seed=SEED):
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
     rng = generator("scene", seed, split, index)
-    count, alike = choose(rng,
-                          [(1, False), (2, False), (2, True), (3, True), (4, True), (3, False), (4, False)],
-                          p=[0.26, 0.34, 0.08, 0.10, 0.10, 0.08, 0.04])
+    count, alike = choose(rng, [(1, False), (2, False), (2, True), (3, True), (4, True), (3, False),
+                                (4, False)], p=[0.26, 0.34, 0.08, 0.10, 0.10, 0.08, 0.04])
     background = choose(rng, BACKGROUNDS)
     # "three stars" have the shape in common, and only maybe the rest.
     same = {name: alike and rng.random() < 0.85 for name in ("colour", "size", "style")}
@@ -250,8 +257,8 @@ def scene(index, split="train", seed=SEED):
         objects = []
         for _ in range(count):
             first = objects[0] if objects else None
-            colour, shape = pick_look(rng, split, colour=first.colour if first and same["colour"] else None,
-                                      shape=first.shape if first and alike else None)
+            colour = first.colour if first and same["colour"] else None
+            colour, shape = pick_look(rng, split, colour, first.shape if first and alike else None)
             size = choose(rng, SIZES, p=(0.5, 0.5) if count < 3 else (0.8, 0.2))
             style = choose(rng, STYLES, p=(0.65, 0.35))
             objects.append(Object(shape, colour, first.size if first and same["size"] else size,
@@ -262,7 +269,7 @@ def scene(index, split="train", seed=SEED):
                 return Scene(background, placed)
 
 
-# --- Words --------------------------------------------------------------------------------------------------
+# --- Words ----------------------------------------------------------------------------------------
 
 WORDS = {   # the plainest first: it is said three times as often as any other
     "small": ("small", "little"), "large": ("large", "big"), "filled": ("filled", "solid"),
@@ -288,10 +295,14 @@ def say(name, rng):
 
 def noun(o, told, rng, plural=False):
     """'large red star': the attributes in `told`, in the order in which English has them."""
-    adjectives = [say(getattr(o, name), rng) for name in ("size", "style", "colour") if name in told]
+    adjectives = [say(getattr(o, name), rng) for name in ("size", "style", "colour")
+                  if name in told]
     word = say(o.shape, rng)
-    ending = ("es" if word.endswith(("s", "x")) else "s") if plural else ""
-    return " ".join([*adjectives, word + ending])
+    return " ".join([*adjectives, many(word) if plural else word])
+
+
+def many(word):
+    return word + ("es" if word.endswith(("s", "x")) else "s")
 
 
 def where_is(o):
@@ -314,19 +325,29 @@ def looks_like(a, b, told):
     return a.shape == b.shape and all(getattr(a, name) == getattr(b, name) for name in told)
 
 
+def alike(objects, told=LOOK):
+    """[[objects that the same words describe], …], which captions count in words."""
+    groups = {}
+    for o in objects:
+        groups.setdefault((o.shape, *(getattr(o, name) for name in told)), []).append(o)
+    return list(groups.values())
+
+
+def listing(phrases):
+    """'a, b and c'"""
+    return " and ".join([", ".join(phrases[:-1]), phrases[-1]][len(phrases) < 2:])
+
+
 def caption(scene, rng, complete=False):
     """What is in the picture: every object is mentioned, nothing said is false.
 
-    A complete one leaves nothing of an object's look unsaid, nor the background, and mostly not where things
-    stand. Others leave out at random. Vague captions alone teach slowly: at high noise a picture is mostly
-    chance to them, and the little that their words explain drowns (LOG.md).
+    A complete one leaves nothing of an object's look unsaid, nor the background, and mostly not
+    where things stand. Others leave out at random. Vague captions alone teach slowly: at high noise
+    a picture is mostly chance to them, and the little that their words explain drowns (LOG.md).
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     told = LOOK[1:] if complete else pick_told(rng, colour=0.75, size=0.25, style=0.25)
-    groups = []   # objects that the same words describe are counted, in words
-    for o in objects:
-        group = next((g for g in groups if looks_like(g[0], o, told)), None)
-        group.append(o) if group else groups.append([o])
+    groups = alike(objects, told)
     shapes_differ = len({g[0].shape for g in groups}) == len(groups)
     places = rng.random() < (0.6 if complete else 0.1)
     phrases = []
@@ -336,7 +357,7 @@ def caption(scene, rng, complete=False):
         name = noun(group[0], () if drop else told, rng, plural=len(group) > 1)
         name = f"{NUMBERS[len(group)]} {name}" if len(group) > 1 else with_article(name)
         phrases.append(name + (f" {where_is(group[0])}" if places and len(group) == 1 else ""))
-    text = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+    text = listing(phrases)
     if len(objects) == len(groups) == 2 and not places:
         where = relation(*objects)
         if where and (complete or rng.random() < 0.8):
@@ -349,7 +370,7 @@ def caption(scene, rng, complete=False):
 
 
 def as_typed(text, rng, begin=("there is", "there are")):
-    """People leave out articles, or write a sentence. (Capitals make no difference: the tokenizer has none.)"""
+    """People leave out articles, or write a sentence. (The tokenizer has no capitals.)"""
     way = rng.random()
     if way < 0.15:
         return re.sub(r"\b(an?|the) ", "", text)
@@ -358,25 +379,28 @@ def as_typed(text, rng, begin=("there is", "there are")):
     return text + "." if way < 0.35 else text
 
 
-# --- Edits --------------------------------------------------------------------------------------------------
+# --- Edits ----------------------------------------------------------------------------------------
 
 ASK = {   # several wordings for each kind of edit
     "add": ("add {}", "draw {}", "insert {}"),
     "remove": ("remove {}", "delete {}", "erase {}", "take {} away"),
     "replace": ("replace {} with {}", "turn {} into {}", "change {} to {}", "swap {} for {}"),
-    "recolour": ("make {} {}", "paint {} {}", "color {} {}", "turn {} {}", "change the color of {} to {}"),
+    "recolour": ("make {} {}", "paint {} {}", "color {} {}", "turn {} {}",
+                 "change the color of {} to {}"),
     "filled": ("fill {}", "fill in {}", "make {} filled", "make {} solid"),
     "outline": ("outline {}", "hollow out {}", "make {} outlined", "make {} hollow"),
     "large": ("make {} larger", "make {} bigger", "enlarge {}", "make {} large"),
     "small": ("make {} smaller", "shrink {}", "make {} small"),
-    "move": ("move {} to the {}", "push {} to the {}", "move {} to the {} edge", "shift {} to the {}"),
-    "background": ("change the background to {}", "make the background {}", "paint the background {}",
-                   "put it on a {} background"),
+    "move": ("move {} to the {}", "push {} to the {}", "move {} to the {} edge",
+             "shift {} to the {}"),
+    "background": ("change the background to {}", "make the background {}",
+                   "paint the background {}", "put it on a {} background"),
 }
 
 
 def refer(objects, rng):
-    """Points at one object, or at all those of its kind: ('the red circles', their indices, one of them)."""
+    """Points at one object, or at all those of its kind: ('the red circles', their indices, one of
+    them)."""
     anchor, told = choose(rng, objects), pick_told(rng, colour=0.5, size=0.2, style=0.15)
     chosen = [i for i, o in enumerate(objects) if looks_like(anchor, o, told)]
     count = f"{NUMBERS[len(chosen)]} " if len(chosen) > 1 and rng.random() < 0.5 else ""
@@ -384,21 +408,24 @@ def refer(objects, rng):
 
 
 def _change(kind, before, split, rng):
-    """One try at an edit: (instruction, target Scene), or None where it does not suit this picture."""
+    """One try at an edit: (instruction, target Scene), or None where it does not suit this
+    picture."""
     objects = before.objects
     the, chosen, anchor = refer(objects, rng)
 
-    def result(ask, *names, **attributes):   # those meant get these attributes; all else stays as it is
+    def result(ask, *names, **attributes):   # those meant get these attributes, all else stays
         already = any(getattr(objects[i], name) == value for i in chosen
                       for name, value in attributes.items())
         if already and kind != "replace":
             return None
         after = tuple(replace(o, **attributes) if i in chosen else o for i, o in enumerate(objects))
-        return choose(rng, ASK[ask]).format(the, *(say(n, rng) for n in names)), replace(before, objects=after)
+        ask = choose(rng, ASK[ask])
+        return ask.format(the, *(say(n, rng) for n in names)), replace(before, objects=after)
 
     if kind == "background":
         colour = choose(rng, [b for b in BACKGROUNDS if b != before.background])
-        return choose(rng, ASK[kind]).format(say(colour, rng)), replace(before, background=colour)
+        ask = choose(rng, ASK[kind])
+        return ask.format(say(colour, rng)), replace(before, background=colour)
 
     if kind == "add":
         colour, shape = pick_look(rng, split)
@@ -407,8 +434,8 @@ def _change(kind, before, split, rng):
         if after is None:
             return None
         where = relation(after[-1], anchor) if len(chosen) == 1 and rng.random() < 0.75 else None
-        ask = choose(rng, ASK[kind])
-        text = ask.format(with_article(noun(new, ("colour", *pick_told(rng, 0, 0.35, 0.35)), rng)))
+        ask, told = choose(rng, ASK[kind]), ("colour", *pick_told(rng, 0, 0.35, 0.35))
+        text = ask.format(with_article(noun(new, told, rng)))
         return text + (f" {say(where, rng)} {the}" if where else ""), replace(before, objects=after)
 
     if kind == "remove":
@@ -452,14 +479,14 @@ def triple(index, split="train", seed=SEED):
     (source's index, source, instruction, target, kind)."""
     rng = generator("edit", seed, split, index)
     sources = [(i, scene(i, split, seed)) for i in range(3 * (index // 2), 3 * (index // 2) + 3)]
-    first = index % len(KINDS)   # kinds take turns; where none of three scenes allows one, the next stands in
+    first = index % len(KINDS)   # kinds take turns; where no scene allows one, the next stands in
     for kind in KINDS[first:] + KINDS[:first]:
         for _ in range(30):
             number, before = choose(rng, sources)
             text, after = _change(kind, before, split, rng) or ("", None)
             if after and legal(after.objects) and holds_out(after.objects) == (split == "heldout"):
                 return number, before, as_typed(text, rng, begin=()), after, kind
-    raise AssertionError(f"no edit {index} of {split}, though every scene allows another background")
+    raise AssertionError(f"no edit {index} of {split}, though each allows another background")
 
 
 def edit(index, split="train", seed=SEED):
@@ -468,11 +495,12 @@ def edit(index, split="train", seed=SEED):
     return triple(index, split, seed)[1:]
 
 
-# --- A folder of it -----------------------------------------------------------------------------------------
+# --- A folder of it -------------------------------------------------------------------------------
 
 def counts(count):
-    """Pictures per split: beside `count` for training, 2 % of that for each of the others, at most 1,000."""
-    return {"train": count, "val": min(1000, max(5, count // 50)), "heldout": min(1000, max(5, count // 50))}
+    """Pictures per split: `count` for training, for each other 2 % of that, at most 1,000."""
+    few = min(1000, max(5, count // 50))
+    return {"train": count, "val": few, "heldout": few}
 
 
 def rows(split, start, stop, seed=SEED, edits=True):
@@ -482,7 +510,8 @@ def rows(split, start, stop, seed=SEED, edits=True):
         name, extra = f"{number:06d}.png", []
         if edits and place_in_block >= 3:
             source, _, text, content, kind = triple(2 * block + place_in_block - 3, split, seed)
-            extra = [{"text": text, "source": f"{5 * (source // 3) + source % 3:06d}.png", "kind": kind}]
+            source = f"{5 * (source // 3) + source % 3:06d}.png"
+            extra = [{"text": text, "source": source, "kind": kind}]
         else:
             content = scene(3 * block + place_in_block if edits else number, split, seed)
         rng = generator("caption", seed, split, number)
@@ -512,16 +541,14 @@ def finished(folder):
 
 
 def write(folder="out/world", count=50_000, edits=True, size=CANVAS, seed=SEED, workers=None):
-    """Draws the world into `folder`.
-    A killed run leaves only `folder`.partial: what bears the name is whole."""
+    """Draws the world into `folder`. A killed run leaves only `folder`.partial."""
     folder = Path(folder)
     about = {"version": VERSION, "count": count, "size": size, "seed": seed, "edits": bool(edits)}
     if folder.exists():
         if finished(folder) == about:
             return folder
-        raise FileExistsError(f"{folder} exists and is not this world (there: "
-                              f"{finished(folder)}, asked: {about}); "
-                              "move it away, or write to another --out")
+        raise FileExistsError(f"{folder} exists and is not this world (there: {finished(folder)}, "
+                              f"asked: {about}); move it away, or write to another --out")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for split in SPLITS:
@@ -531,18 +558,19 @@ def write(folder="out/world", count=50_000, edits=True, size=CANVAS, seed=SEED, 
     if workers == 1:
         _write_part(partial, 0, 1, *settings)
     else:
-        # Whole processes of this file: they never import the caller's main module again, as multiprocessing
-        # would, and they end with this one, whose end of the pipe is then closed.
+        # Whole processes of this file: they never import the caller's main module again, as
+        # multiprocessing would, and they end with this one, whose end of the pipe is then closed.
         job = [sys.executable, str(Path(__file__).resolve()), "--part", str(partial)]
-        running = [subprocess.Popen([*job, *map(str, (part, workers, *settings))], stdin=subprocess.PIPE)
-                   for part in range(workers)]
+        running = [subprocess.Popen([*job, *map(str, (part, workers, *settings))],
+                                    stdin=subprocess.PIPE) for part in range(workers)]
         failed = [process.args[4] for process in running if process.wait()]
         if failed:
             raise RuntimeError(f"drawing the world failed in part {', '.join(failed)} "
                                f"of {workers} (see above)")
     for split in SPLITS:
         parts = sorted((partial / split).glob("part*.jsonl"))
-        (partial / split / "metadata.jsonl").write_bytes(b"".join(part.read_bytes() for part in parts))
+        rows_of_all = b"".join(part.read_bytes() for part in parts)
+        (partial / split / "metadata.jsonl").write_bytes(rows_of_all)
         for part in parts:
             part.unlink()
     (partial / "world.json").write_text(json.dumps(about) + "\n")
@@ -550,55 +578,28 @@ def write(folder="out/world", count=50_000, edits=True, size=CANVAS, seed=SEED, 
     return folder
 
 
-# --- To look at ---------------------------------------------------------------------------------------------
-
-def sheet(columns=4, lines=8, split="train", seed=SEED):
-    """A contact sheet: scenes with their captions, then edits (source, target) with their instructions."""
-    side, width, height = 2 * CANVAS, 4 * CANVAS + 24, 2 * CANVAS + 58
-    page = Image.new("RGB", (columns * width, lines * height), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    half = columns * lines // 2
-    for number in range(2 * half):
-        if number < half:
-            pair = [scene(2 * number + i, split, seed) for i in range(2)]
-            texts = [caption(s, generator("sheet", seed, split, number, i)) for i, s in enumerate(pair)]
-            texts = [textwrap.fill(text, 21) for text in texts]
-        else:
-            before, text, after, kind = edit(number - half, split, seed)
-            pair, texts = [before, after], [textwrap.fill(f"[{kind}] {text}", 42), ""]
-        for i, (content, text) in enumerate(zip(pair, texts)):
-            x, y = number % columns * width + 8 + i * (side + 4), number // columns * height + 4
-            page.paste(Image.fromarray(draw(content, side)), (x, y))
-            pen.text((x, y + side), text, fill="black", font=font, spacing=1)
-    return page
-
-
 def main():
     if sys.argv[1:2] == ["--part"]:   # a worker of write()
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
         folder, *numbers = sys.argv[2:]
         return _write_part(Path(folder), *map(int, numbers))
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/world", help="folder to write (out/world)")
     parser.add_argument("--count", type=int, default=50_000, help="training pictures (50000)")
     parser.add_argument("--no-edits", action="store_true", help="captioned pictures only")
     parser.add_argument("--size", type=int, default=CANVAS, help="pixels along an edge (64)")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--workers", type=int, default=None, help="processes (one per core)")
-    parser.add_argument("--split", default="train", choices=SPLITS, help="which split --sheet shows")
-    parser.add_argument("--sheet", metavar="PNG", help="write only a contact sheet, to look at")
     args = parser.parse_args()
-    if args.sheet:
-        sheet(split=args.split, seed=args.seed).save(args.sheet)
-        return print(f"a contact sheet: {args.sheet}")
     if args.count < 1 or args.size < 8:
-        parser.error(f"--count {args.count} --size {args.size}: count must be at least 1, size at least 8")
+        parser.error(f"--count {args.count} --size {args.size}: at least 1 and at least 8")
     try:
         folder = write(args.out, args.count, not args.no_edits, args.size, args.seed, args.workers)
     except FileExistsError as error:
         parser.error(str(error))
-    print(f"{folder}: pictures: " + ", ".join(f"{split} {n:,}" for split, n in counts(args.count).items()))
+    said = ", ".join(f"{split} {n:,}" for split, n in counts(args.count).items())
+    print(f"{folder}: pictures: {said}")
 
 
 if __name__ == "__main__":

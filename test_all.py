@@ -2048,7 +2048,7 @@ def test_data_may_move_and_be_named_otherwise_but_another_set_is_refused(own_fol
 
 def test_a_dit_is_not_trained_on_with_latents_of_other_pictures_or_other_statistics(copy, refused):
     for change, words in ((dict(digest="f" * 64), "latents of other pictures or captions: 125 pictures, 125"),
-                          (dict(variance=[9.0] * 8), "other channel statistics than those that dit.pt")):
+                          (dict(variance=[9.0] * 8), "latents of other channel statistics")):
         out = copy("dit.pt", "latents", "text")
         meta = json.loads((out / "latents/meta.json").read_text())
         (out / "latents/meta.json").write_text(json.dumps(meta | change))

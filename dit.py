@@ -27,6 +27,7 @@ import contextlib
 import math
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,10 +102,7 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# Diffusion Process. Forward Process (Adding Noise)
-# --------------------------------------------------------------------------------------------------
-
+# === Diffusion Process. Forward Process (Adding Noise) ============================================
 
 def forward_process(z_0, t: torch.Tensor, alpha_bar: torch.Tensor):
     """Mean and standard deviation of z_t given z_0.
@@ -153,10 +151,7 @@ def predict_z_0(z_t, t: torch.Tensor, eps, alpha_bar: torch.Tensor) -> torch.Ten
     return (z_t - noise * eps) / signal
 
 
-# --------------------------------------------------------------------------------------------------
-# DiT Architecture. Input Processing: 1. Patch Embedding
-# --------------------------------------------------------------------------------------------------
-
+# === DiT Architecture. Input Processing: 1. Patch Embedding =======================================
 
 def patch_embedding(z, linear: nn.Linear, position: torch.Tensor) -> torch.Tensor:
     """Every cell of the latent is a token: z (B, h, w, z_dim), position (1, N, D) -> (B, N, D)."""
@@ -195,10 +190,7 @@ def text_embedding(encoder: data.TextEncoder, prompts: list[str]):
     return encoder(prompts)
 
 
-# --------------------------------------------------------------------------------------------------
-# DiT Block: 1. Adaptive Layer Norm (AdaLN)
-# --------------------------------------------------------------------------------------------------
-
+# === DiT Block: 1. Adaptive Layer Norm (AdaLN) ====================================================
 
 def adaln(h: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """h (B, N, D), gamma, beta (B, 1, D), which are the weights of the LayerNorm."""
@@ -366,10 +358,7 @@ class DiT(nn.Module):
         return self.head(h).to(z_t.dtype).unflatten(1, (self.grid, self.grid))
 
 
-# --------------------------------------------------------------------------------------------------
-# Training Objective
-# --------------------------------------------------------------------------------------------------
-
+# === Training Objective ===========================================================================
 
 def dit_loss(target: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     """Both (B, h, w, z_dim) -> scalar. The mean, where the guide's norm sums: the same minimum."""
@@ -409,10 +398,7 @@ def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> to
     return (z - mean) / variance.sqrt()
 
 
-# --------------------------------------------------------------------------------------------------
-# Held-out losses and preview
-# --------------------------------------------------------------------------------------------------
-
+# === Held-out losses and preview ==================================================================
 
 def held_out_batch(run: data.Run, latents: data.Latents, rows: list[int], mean, variance, most=64):
     """(z_0, c, mask, source) of rows from all over the list; z_0 is the normalised mu."""
@@ -459,15 +445,7 @@ def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Conf
     data.save_png(data.grid([list(row) for row in zip(*colours)], heads=titles), path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training Procedures. Stage 3: Train DiT
-# --------------------------------------------------------------------------------------------------
-
-
-def is_edit(step: int, fraction: float) -> bool:
-    """Whether a step's batch is one of edits: evenly spread, floor(step * fraction) before each."""
-    return math.floor((step + 1) * fraction) > math.floor(step * fraction)
-
+# === Training Procedures. Stage 3: Train DiT ======================================================
 
 def keys_of_step(step: int, cfg: Config, captions: list[int],
                  edits: list[int]) -> list[tuple[int, bool, bool]]:
@@ -476,7 +454,8 @@ def keys_of_step(step: int, cfg: Config, captions: list[int],
     The source is never dropped alone: that would teach to draw a picture from "make it green".
     """
     share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
-    edit, edits_before = is_edit(step, share), math.floor(step * share)
+    edits_before = math.floor(step * share)            # batches of edits are spread evenly
+    edit = math.floor((step + 1) * share) > edits_before
     rows, number = (edits, edits_before) if edit else (captions, step - edits_before)
     stream = f"dit {'edit' if edit else 'caption'}"
     chosen = data.order(cfg.seed, stream, len(rows), cfg.batch, number)
@@ -528,8 +507,7 @@ def copy_of(model: DiT) -> dict[str, torch.Tensor]:
 
 
 def build(config: dict, shape: dict) -> DiT:
-    """The network of a config as plain types; shape has grid, z_dim and d_text, which came with the
-    latents and texts."""
+    """The network of a plain config; shape has what came with the data: grid, z_dim and d_text."""
     return DiT(shape["grid"], shape["z_dim"], shape["d_text"], config["width"], config["depth"],
                config["heads"], config["whiten_text"], config["checkpointing"])
 
@@ -542,7 +520,7 @@ def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
     """The averaged model of a checkpoint, in eval mode, and the checkpoint."""
     checkpoint = data.load(path, "dit", before=data.command("dit.py", out=path.parent))
     cfg = data.configure(Config, PRESETS, {}, saved=checkpoint["config"])
-    checkpoint = checkpoint | {"config": data.plain(cfg)}                   # whole and checked
+    checkpoint["config"] = data.plain(cfg)                                  # whole and checked
     with data.reading(path):
         make = lambda: build(checkpoint["config"], checkpoint["shape"])
         return data.rebuild(make, checkpoint["ema"], path).to(device), checkpoint
@@ -624,7 +602,7 @@ def train(cfg: Config, checkpoint: dict | None):
             z_0 = normalise(z_0, mean, variance)                            # (B, h, w, z_dim)
             source = source if source is None else normalise(source, mean, variance)
 
-            t = run.randint(step, "t", 1, cfg.T + 1)                        # ends included
+            t = run.randint(step, "t", 1, cfg.T + 1)                        # 1 .. T
             eps = run.randn(step, "eps", *mu.shape[1:])
             z_t = add_noise(z_0, t, eps, alpha_bar)
             target = v_of(z_0, t, eps, alpha_bar) if cfg.predict == "v" else eps
@@ -644,7 +622,8 @@ def train(cfg: Config, checkpoint: dict | None):
             decay = min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
             run.after_step(step, grad_norm)             # log, preview, save, stop
-        run.say(f"Next: {data.command('sample.py', model=run.out, prompt=latents.example[:60])}")
+        prompt = (textwrap.wrap(latents.example, 60) or [""])[0]
+        run.say(f"Next: {data.command('sample.py', model=run.out, prompt=prompt)}")
 
 
 def read_meta(out: Path, checkpoint: dict | None) -> dict:
@@ -658,22 +637,21 @@ def read_meta(out: Path, checkpoint: dict | None) -> dict:
                                  f"them. Write them again: {again}")
     if checkpoint:
         with data.reading(out / "dit.pt"):
-            trained_on = checkpoint["psvae_fingerprint"]
             then = checkpoint.get("data", meta)
-            close = all(np.allclose(checkpoint[name], meta[name], rtol=1e-3, atol=1e-4)
-                        for name in ("mean", "variance"))
-        if trained_on != meta["fingerprint"]:
-            raise data.UserError(f"{out}/dit.pt was trained on latents of another psvae.pt than "
-                                 f"{out}/latents. Start over with --fresh.")
-        if then["digest"] != meta["digest"]:
-            raise data.UserError(f"{out}/dit.pt was trained on latents of other pictures or "
-                                 f"captions: {meta['pictures']:,} pictures, {then['pictures']:,} "
-                                 f"then. Start over with --fresh, or bring them back: {again}")
-        if not close:
-            raise data.UserError(f"{out}/latents have other channel statistics than those that "
-                                 f"dit.pt was trained with. Write them with the --latents of then, "
-                                 f"both or mu (now {meta['latents']}): {again}")
-        meta |= {name: checkpoint[name] for name in ("mean", "variance")}
+            own = {name: checkpoint[name] for name in ("mean", "variance")}
+            close = all(np.allclose(own[name], meta[name], rtol=1e-3, atol=1e-4) for name in own)
+            others = ""
+            if checkpoint["psvae_fingerprint"] != meta["fingerprint"]:
+                others = "another psvae.pt"
+            elif then["digest"] != meta["digest"]:
+                others = (f"other pictures or captions: {meta['pictures']:,} pictures, "
+                          f"{then['pictures']:,} then")
+            elif not close:
+                others = f"other channel statistics (--latents both or mu? now {meta['latents']})"
+        if others:
+            raise data.UserError(f"{out}/dit.pt was trained on latents of {others}. Start over "
+                                 f"with --fresh, or bring those back and run {again}")
+        meta |= own
     return meta
 
 

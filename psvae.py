@@ -87,8 +87,7 @@ class Config:
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
                           latents=("both", "mu"))
         if self.image_size % 16:
-            raise data.UserError(f"--image-size {self.image_size}: "
-                                 f"allowed are multiples of 16 (one latent cell).")
+            raise data.UserError(f"--image-size {self.image_size}: allowed are multiples of 16.")
         if len(self.widths) != 4 or any(width % 4 for width in self.widths):
             raise data.UserError(f"--widths {self.widths}: "
                                  f"four multiples of 4 are needed, one for each doubling.")
@@ -97,7 +96,7 @@ class Config:
 PRESETS = {
     "full": {},
     # DEVIATION (tiny): lambda is 0, for VGG is ten times this encoder, and blobs of one colour need
-    # it least; beta is thirty times the guide's, which the DiT's z_0 needs to be guessable at all.
+    # it least; beta is thirty times the guide's: a tiny DiT needs latents that easy to predict.
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
                  lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, permute_colours=0.25,
                  permute_steps=1000, steps=7000, batch=16, learning_rate=5e-4, encoder_lr_scale=1.0,
@@ -105,21 +104,15 @@ PRESETS = {
                  eval_every=400, save_every=400, latents="mu"),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")   # from svae.pt
+TERMS = ("loss", "semantic", "pixel", "perceptual", "kl")
 
 
-# --------------------------------------------------------------------------------------------------
-# From stage 1: the same text as in svae.py (a test holds them equal), so that this file reads from
-# end to end. So is kl_divergence below.
-# --------------------------------------------------------------------------------------------------
-
+# === From stage 1 =================================================================================
+# The same text as in svae.py (a test holds them equal), so that this file reads from end to end. So
+# is kl_divergence below.
 
 class Projector(nn.Module):
-    """The posterior of z: f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32).
-
-        f (d) -> Linear 512 -> LayerNorm -> GELU
-              -> Linear 256 -> LayerNorm -> GELU -+-> Linear z_dim: mu
-                                                  '-> Linear z_dim: log_var
-    """
+    """The posterior of z: f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32)."""
 
     def __init__(self, d: int, z_dim: int):
         super().__init__()
@@ -154,11 +147,7 @@ class ResidualBlock(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-    """The features again: z (..., z_dim) -> f_hat (..., d).
-
-        z -> Linear 256 -> LayerNorm -> GELU -> Linear 512 -> LayerNorm -> GELU
-          -> Linear d -> ResidualBlock x 2
-    """
+    """The features again: z (..., z_dim) -> f_hat (..., d)."""
 
     def __init__(self, d: int, z_dim: int):
         super().__init__()
@@ -171,10 +160,7 @@ class SemanticDecoder(nn.Module):
         return self.body(z)
 
 
-# --------------------------------------------------------------------------------------------------
-# Architecture: 1. Trainable Representation Encoder
-# --------------------------------------------------------------------------------------------------
-
+# === Architecture: 1. Trainable Representation Encoder ============================================
 
 class PSVAE(nn.Module):
     """The trainable encoder, the projector and both decoders; the frozen copy is no part of it."""
@@ -271,8 +257,7 @@ def group_norm(c: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(min(32, c // 4), c), c)
 
 
-# --------------------------------------------------------------------------------------------------
-# PS-VAE Loss Function
+# === PS-VAE Loss Function =========================================================================
 #
 #     who gets a gradient    encoder   projector   semantic decoder   pixel decoder
 #     semantic                  x          x              x
@@ -280,8 +265,6 @@ def group_norm(c: int) -> nn.GroupNorm:
 #     KL                        x          x
 #
 # The frozen copy and LPIPS never do.
-# --------------------------------------------------------------------------------------------------
-
 
 def psvae_loss(x_hat, x, f_hat, f_target, mu, log_var, cfg: Config, lpips=None,
                warm: float = 1.0) -> dict[str, torch.Tensor]:
@@ -333,10 +316,7 @@ def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
     return kl.mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Held-out losses and preview
-# --------------------------------------------------------------------------------------------------
-
+# === Held-out losses and preview ==================================================================
 
 def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of each picture in dB: (B, 3, H, W) in [-1, 1] -> (B,)."""
@@ -371,8 +351,8 @@ def held_out_losses(model: PSVAE, frozen_encoder, x: torch.Tensor, cfg: Config,
 def preview(model: PSVAE, x: torch.Tensor, path: Path):
     """Two rows: pictures, and what comes back from mu."""
     x_hat = model.decode(model.encode(x)[0])
-    captions = [[name] + [""] * (len(x) - 1) for name in ("picture", "x_hat, from mu")]
-    data.save_png(data.grid([list(data.to_uint8(x)), list(data.to_uint8(x_hat))], captions), path)
+    captions = [["picture"], ["x_hat, from mu"]]
+    data.save_png(data.grid([data.to_uint8(x), data.to_uint8(x_hat)], captions), path)
 
 
 @torch.no_grad()
@@ -384,18 +364,17 @@ def reconstruct(cfg: Config, folder: Path):
         pixels = data.user_image(name, cfg.image_size)
         x = data.to_float(torch.from_numpy(pixels).permute(2, 0, 1)[None], device)
         x_hat = model.decode(model.encode(x)[0])
+        quality = psnr(x_hat, x).item()
         rows.append([pixels, data.to_uint8(x_hat)[0]])
-        captions.append([Path(name).name, f"{psnr(x_hat, x).item():.1f} dB"])
-        print(f"{data.printable(name)}: PSNR {psnr(x_hat, x).item():.2f} dB")
+        captions.append([Path(name).name, f"{quality:.1f} dB"])
+        print(f"{data.printable(name)}: PSNR {quality:.2f} dB")
+
     path = Path(cfg.out) / "reconstruction.png"
     data.save_png(data.grid(rows, captions), path)
     print(f"wrote {path}: picture | reconstruction")
 
 
-# --------------------------------------------------------------------------------------------------
-# Training Procedures. Stage 2: Train PS-VAE
-# --------------------------------------------------------------------------------------------------
-
+# === Training Procedures. Stage 2: Train PS-VAE ===================================================
 
 def permute_colours(x: torch.Tensor, who: torch.Tensor, how: torch.Tensor,
                     share: float) -> torch.Tensor:
@@ -409,7 +388,6 @@ def permute_colours(x: torch.Tensor, who: torch.Tensor, how: torch.Tensor,
 
 def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data.Run):
     """The folder, both encoders, LPIPS, the model and its optimizer, at the checkpoint's step."""
-    path = run.out / "psvae.pt"
     folder, held_out = run.read_data(checkpoint)
     run.say(f"stage 2, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
             f"captions from {folder.layout}, encoder {cfg.encoder}")
@@ -433,17 +411,21 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
     optimizer = torch.optim.AdamW([{"params": others, "scale": 1.0},
                                    {"params": encoder, "scale": cfg.encoder_lr_scale}],
                                   betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
-    before = checkpoint or stage_1
-    with data.reading(path if checkpoint else run.out / "svae.pt"):
+    before, path = checkpoint or stage_1, run.out / ("psvae.pt" if checkpoint else "svae.pt")
+    with data.reading(path):
+        stage_1_digest = stage_1 and data.fingerprint(stage_1["model"])
         if before:
             data.check_encoder(encoder_fingerprint, before, cfg.encoder)
         if checkpoint:
             data.load_weights(model, checkpoint["model"], path)
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
-        elif stage_1:
-            load_stage_1(model, stage_1, run)
-    stage_1_digest = (checkpoint["stage_1"] if checkpoint and "stage_1" in checkpoint
-                      else stage_1 and data.fingerprint(stage_1["model"]))
+            stage_1_digest = checkpoint.get("stage_1", stage_1_digest)
+        elif stage_1:                                   # the pixel decoder starts fresh
+            for part in ("projector", "semantic_decoder"):
+                data.load_weights(getattr(model, part), part_of(stage_1["model"], part), path)
+            run.say(f"projector and semantic decoder from {path}, step {stage_1['step']:,}")
+            if stage_1.get("data", run.data)["digest"] != run.data["digest"]:
+                run.say("stage 1 was trained on other pictures or captions")
     if run.compile:
         for part in (frozen_encoder, model.encoder, model.pixel_decoder):
             part.compile()
@@ -462,23 +444,10 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
     return folder, frozen_encoder, lpips, model, optimizer
 
 
-def load_stage_1(model: PSVAE, stage_1: dict, run: data.Run):
-    """Projector and semantic decoder start from stage 1's; the pixel decoder starts fresh."""
-    for part in ("projector", "semantic_decoder"):
-        state = part_of(stage_1["model"], part)
-        data.load_weights(getattr(model, part), state, run.out / "svae.pt")
-    run.say(f"projector and semantic decoder from {run.out / 'svae.pt'}, step {stage_1['step']:,}")
-    if stage_1.get("data", run.data)["digest"] != run.data["digest"]:
-        run.say("stage 1 was trained on other pictures or captions")
-
-
 def part_of(state: dict, part: str) -> dict:
     """The weights of one part of a model, by their names in it."""
     start = part + "."
     return {name.removeprefix(start): w for name, w in state.items() if name.startswith(start)}
-
-
-TERMS = ("loss", "semantic", "pixel", "perceptual", "kl")
 
 
 def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
@@ -511,33 +480,25 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
             run.after_step(step, grad_norm)             # log, preview, save, stop
 
 
-# --------------------------------------------------------------------------------------------------
-# Latents for stage 3: z_0 = PS-VAE.encode(x), with a frozen PS-VAE, is worth computing once
-# --------------------------------------------------------------------------------------------------
+# === Latents for stage 3: z_0 = PS-VAE.encode(x), with a frozen PS-VAE, is worth computing once ===
 
-
-def load_psvae(path: Path, device="cpu") -> tuple[PSVAE, dict]:
-    """The model of a checkpoint, in eval mode, and the checkpoint."""
-    checkpoint, cfg = _read(path)
-    with data.reading(path):
-        make = lambda: PSVAE(data.build_image_encoder(checkpoint["encoder_description"]),
-                             cfg.z_dim, cfg.widths)
-        return data.rebuild(make, checkpoint["model"], path).to(device), checkpoint
-
-
-def load_pixel_decoder(path: Path, device="cpu") -> tuple[PixelDecoder, dict]:
-    """All of the model that drawing needs: no image encoder is built. And the checkpoint."""
-    checkpoint, cfg = _read(path)
-    with data.reading(path):
-        state = part_of(checkpoint["model"], "pixel_decoder")
-        make = lambda: PixelDecoder(cfg.z_dim, cfg.widths)
-        return data.rebuild(make, state, path).to(device), checkpoint
-
-
-def _read(path: Path) -> tuple[dict, Config]:
+def load_psvae(path: Path, device="cpu", draws_only=False) -> tuple[nn.Module, dict]:
+    """The model of a checkpoint, in eval mode, and the checkpoint; draws_only: its pixel decoder,
+    and no image encoder is built."""
     checkpoint = data.load(path, "psvae", before=data.command("psvae.py", out=path.parent))
     cfg = data.configure(Config, PRESETS, {}, saved=checkpoint["config"])
-    return checkpoint | {"config": data.plain(cfg)}, cfg                    # whole and checked
+    checkpoint["config"] = data.plain(cfg)                                  # whole and checked
+
+    def make():
+        if draws_only:
+            return PixelDecoder(cfg.z_dim, cfg.widths)
+        encoder = data.build_image_encoder(checkpoint["encoder_description"])
+        return PSVAE(encoder, cfg.z_dim, cfg.widths)
+
+    with data.reading(path):
+        state = checkpoint["model"]
+        state = part_of(state, "pixel_decoder") if draws_only else state
+        return data.rebuild(make, state, path).to(device), checkpoint
 
 
 @torch.no_grad()
@@ -548,7 +509,7 @@ def write_latents(cfg: Config):
     [, "held_out"]} for each caption or edit; meta.json the statistics of every channel and the
     fingerprint of the model. Centre crops, no flip. Killed, it resumes at the next shard.
     """
-    out, work = Path(cfg.out), None
+    out, work = Path(cfg.out), Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:
         run.barrier()                                  # rank 0 may still write the last psvae.pt
         model, checkpoint = load_psvae(out / "psvae.pt", run.device)
@@ -560,7 +521,6 @@ def write_latents(cfg: Config):
         after = f"Next: {data.command('dit.py', out=out)}"
         if all(meta.get(key) == value for key, value in mark.items()):
             return run.say(f"{out / 'latents'} is complete: {meta['count']:,} pictures. {after}")
-        work = out / "latents.partial"
         if run.main:
             data.unfinished(out / "latents", mark)
             size = 2 * (1 + (cfg.latents == "both")) * cfg.z_dim * (cfg.image_size // 16) ** 2
@@ -608,21 +568,15 @@ def encode_shards(cfg: Config, run: data.Run, model: PSVAE, work: Path):
 
 def finish_latents(cfg, run, work: Path, train_images: int, train_rows: int, meta: dict):
     """Rows, channel statistics, and one rename: out/latents/ is whole or it is not there."""
-    shards, broken = data.Shards(work), set()
-
-    def posteriors():                                  # of training pictures that could be read
-        for number in range(-(-meta["pictures"] // data.SHARD)):
-            first, shard = number * data.SHARD, shards[number]
-            bad = np.isnan(shard[:, 0, 0, 0, 0])
-            broken.update((first + np.flatnonzero(bad)).tolist())
-            training = np.flatnonzero(~bad & (first + np.arange(len(shard)) < train_images))
-            for start in range(0, len(training), 512):
-                yield shard[training[start:start + 512]]
-
-    mean, variance = channel_statistics(posteriors())
-    shards.opened.clear()                              # Windows renames no open file
+    shards = data.Shards(work)
+    bad = np.concatenate([np.isnan(shards[number][:, 0, 0, 0, 0])
+                          for number in range(-(-meta["pictures"] // data.SHARD))])
+    broken = set(np.flatnonzero(bad).tolist())         # of all ranks, and of all runs that it took
     data.tolerate([repr(run.folder.images[index]) for index in sorted(broken)], meta["pictures"],
-                  cfg.max_broken, "pictures")          # of all ranks, and of all runs that it took
+                  cfg.max_broken, "pictures")
+    mean, variance = channel_statistics(shards, np.flatnonzero(~bad[:train_images]))
+    shards.opened.clear()                              # Windows renames no open file
+
     with data.atomic(work / "rows.jsonl") as path, open(path, "w", encoding="utf-8") as lines:
         for number, (image, text, source) in enumerate(run.folder.rows):
             if image not in broken and source not in broken:
@@ -637,12 +591,13 @@ def finish_latents(cfg, run, work: Path, train_images: int, train_rows: int, met
             f"{f', {len(broken)} broken ones left out' if broken else ''}")
 
 
-def channel_statistics(shards) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each channel of z over shards of (n, 2 or 1, h, w, z_dim), in float64:
+def channel_statistics(shards: data.Shards, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel of z over these pictures, in float64:
     Var(z) = Var(mu) + E[sigma^2]."""
     total, square, variance, n = 0.0, 0.0, 0.0, 0
-    for shard in shards:
-        mu, *log_var = np.moveaxis(shard.astype(np.float64), 1, 0)          # (n, h, w, z_dim) each
+    for some in np.split(pictures, range(512, len(pictures), 512)):
+        both = np.stack([shards[i // data.SHARD][i % data.SHARD] for i in some])
+        mu, *log_var = np.moveaxis(both.astype(np.float64), 1, 0)           # (n, h, w, z_dim) each
         mu = mu.reshape(-1, mu.shape[-1])
         total, square, n = total + mu.sum(0), square + (mu ** 2).sum(0), n + len(mu)
         if log_var:
@@ -654,8 +609,8 @@ def channel_statistics(shards) -> tuple[np.ndarray, np.ndarray]:
 @data.program
 def main(argv: list[str] | None = None):
     typed = data.read_flags(Config, argv, __doc__, PRESETS)
-    out = Path(typed.get("out", "out"))
-    folder, only = out, typed.get("encode_only") or typed.get("reconstruct")
+    out = folder = Path(typed.get("out", "out"))
+    only = typed.get("encode_only") or typed.get("reconstruct")
     if typed.get("reconstruct") and "out" not in typed and not (out / "psvae.pt").exists():
         folder = data.HERE / "notes/tiny"              # the model that ships
     there = (folder / "psvae.pt").exists() and not typed.get("fresh")
@@ -673,10 +628,10 @@ def main(argv: list[str] | None = None):
     if not checkpoint and not stage_1:
         data.say(f"no {out / 'svae.pt'}: projector and semantic decoder start from scratch, and "
                  f"have to find the features' meaning first ({data.command('svae.py', out=out)})")
-    if checkpoint and stage_1 and checkpoint.get("stage_1"):
-        if checkpoint["stage_1"] != data.fingerprint(stage_1["model"]):
-            data.say(f"{out / 'psvae.pt'} started from another svae.pt than the one beside it; "
-                     f"--fresh starts over from that")
+    began = checkpoint and stage_1 and checkpoint.get("stage_1")
+    if began and began != data.fingerprint(stage_1["model"]):
+        data.say(f"{out / 'psvae.pt'} started from another svae.pt than the one beside it; "
+                 f"--fresh starts over from that")
     if not only and not (checkpoint and data.is_finished(checkpoint, cfg, out / "psvae.pt")):
         train(cfg, checkpoint, stage_1)
     write_latents(cfg)

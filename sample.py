@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from dit import DiT, eps_from_v, load_dit, normalise, schedule_of, text_embedding
-from psvae import load_pixel_decoder, load_psvae
+from psvae import load_psvae
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,7 @@ PRESETS = {                                 # by the preset of dit.pt
 SHIPPED = data.HERE / "notes/tiny"
 
 
-# --------------------------------------------------------------------------------------------------
-# Classifier-Free Guidance (CFG)
-# --------------------------------------------------------------------------------------------------
-
+# === Classifier-Free Guidance (CFG) ===============================================================
 
 def classifier_free_guidance(eps_null: torch.Tensor, eps_c: torch.Tensor, s: float) -> torch.Tensor:
     """On all channels of the latent, (B, h, w, z_dim). s = 1 gives eps_c, s = 0 eps_null."""
@@ -112,10 +109,7 @@ def guided_noise(dit: DiT, z_t, modulations, keys_values, mask, source, s: float
     return edit_guidance(eps_00, eps_s0, eps_sc, s, s_image)
 
 
-# --------------------------------------------------------------------------------------------------
-# DDIM Sampling Formula
-# --------------------------------------------------------------------------------------------------
-
+# === DDIM Sampling Formula ========================================================================
 
 def ddim_step(z_t, eps, ab_t: float, ab_prev: float, eta: float, noise):
     """From t to the next time of the list, however far; ab is alpha_bar there, noise ~ N(0, I).
@@ -169,10 +163,7 @@ def draw(generators: list[torch.Generator], like: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).to(like.device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Text-to-Image Generation, and editing
-# --------------------------------------------------------------------------------------------------
-
+# === Text-to-Image Generation, and editing ========================================================
 
 class Pipeline:
     """Pixel decoder, DiT and text encoder of a folder, checked to belong together."""
@@ -182,7 +173,7 @@ class Pipeline:
         path, again = self.folder / "dit.pt", f"{data.command('dit.py', out=folder)} --fresh"
         if not self.folder.is_dir():
             raise data.UserError(f"{folder}: no such folder. Needed is one that has dit.pt.")
-        self.pixel_decoder, psvae = load_pixel_decoder(self.folder / "psvae.pt", self.device)
+        self.pixel_decoder, psvae = load_psvae(self.folder / "psvae.pt", self.device, True)
         self.dit, checkpoint = load_dit(path, self.device)
         with data.reading(path):
             self.config, self.step = checkpoint["config"], checkpoint["step"]
@@ -234,18 +225,18 @@ class Pipeline:
             generators = [data.generator(seed, "sample", 0, "z_T") for seed in seeds]
             z_T = draw(generators, torch.empty(len(seeds), *self.latent_shape, device=self.device))
             # 3. DDIM sampling
-            source, frames = None, [] if film is not None else None
+            source = None
             if sources is not None:
                 x = data.to_float(torch.from_numpy(sources).permute(0, 3, 1, 2), self.device)
                 source = normalise(self.psvae.encode(x)[0], self.mean, self.variance)
             times = sampling_times(self.config["T"], steps)
             z_0 = ddim(self.dit, z_T, c, mask, self.alpha_bar, times, own["guidance"],
-                       own["image_guidance"], own["eta"], source, generators, frames,
+                       own["image_guidance"], own["eta"], source, generators, film,
                        self.config["predict"])
             # 4. Decode to image
-            if film is not None:
-                shown = sorted({round(i * (len(frames) - 1) / 8) for i in range(9)})
-                film += [(frames[i][0], self.decode(frames[i][1])) for i in shown]
+            if film:
+                shown = sorted({round(i * (len(film) - 1) / 8) for i in range(9)})
+                film[:] = [(t, self.decode(z)) for t, z in (film[i] for i in shown)]
             return self.decode(z_0)
 
     def decode(self, z_0: torch.Tensor) -> np.ndarray:
@@ -311,7 +302,7 @@ def main(argv: list[str] | None = None):
                                   cfg.image_guidance, cfg.eta, None if start else film))
 
     rows = [pictures[i:i + cfg.n] for i in range(0, len(pictures), cfg.n)]
-    captions = [[prompt] + [""] * (cfg.n - 1) for prompt in cfg.prompt]
+    captions = [[prompt] for prompt in cfg.prompt]
     if cfg.image:
         rows = [[source, *row] for row in rows]
         captions = [[Path(cfg.image).name, *row] for row in captions]

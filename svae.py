@@ -1,9 +1,8 @@
 """svae.py - stage 1, the Semantic VAE: a compact, KL-regularised latent space for frozen features.
 
-The features f of a DINOv2 are made to classify, not to be drawn: they fill a thin sheet of a space
-of 1024 dimensions, and a diffusion model trained there falls off the manifold (the guide's
-Problem 1). S-VAE squeezes every feature vector into z, 96 numbers kept near N(0, 1), and decodes f
-from z.
+Features of a DINOv2 fill a thin sheet of a space of 1024 dimensions, and a diffusion model trained
+there falls off the manifold (the guide's Problem 1). S-VAE squeezes each feature vector f into z,
+96 numbers kept near N(0, 1), and decodes f from z.
 
 Eq. 4 to 11, as numbered in notes/equations.md; "the guide" is docs/architecture.md of the public
 repository Gaurav14cs17/PS-VAE.
@@ -64,8 +63,7 @@ class Config:
                    max_broken=(0, 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"))
         if self.image_size % 16:
-            raise data.UserError(f"--image-size {self.image_size}: "
-                                 f"allowed are multiples of 16 (one latent cell).")
+            raise data.UserError(f"--image-size {self.image_size}: allowed are multiples of 16.")
 
 
 PRESETS = {
@@ -74,12 +72,10 @@ PRESETS = {
                  learning_rate=2e-3, warmup=50, precision="fp32", compile=False, workers=0,
                  log_every=10, eval_every=200, save_every=200),
 }
+TERMS = ("loss", "semantic", "kl")
 
 
-# --------------------------------------------------------------------------------------------------
-# Architecture: 1. Frozen Representation Encoder
-# --------------------------------------------------------------------------------------------------
-
+# === Architecture: 1. Frozen Representation Encoder ===============================================
 
 @torch.no_grad()
 def frozen_features(encoder: data.ImageEncoder, x: torch.Tensor) -> torch.Tensor:
@@ -93,12 +89,7 @@ def frozen_features(encoder: data.ImageEncoder, x: torch.Tensor) -> torch.Tensor
 # --- 2. Semantic Projector (Encoder) --------------------------------------------------------------
 
 class Projector(nn.Module):
-    """The posterior of z: f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32).
-
-        f (d) -> Linear 512 -> LayerNorm -> GELU
-              -> Linear 256 -> LayerNorm -> GELU -+-> Linear z_dim: mu
-                                                  '-> Linear z_dim: log_var
-    """
+    """The posterior of z: f (..., d) -> mu, log_var (..., z_dim), in the type of f (fp32)."""
 
     def __init__(self, d: int, z_dim: int):
         super().__init__()
@@ -137,11 +128,7 @@ class ResidualBlock(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-    """The features again: z (..., z_dim) -> f_hat (..., d).
-
-        z -> Linear 256 -> LayerNorm -> GELU -> Linear 512 -> LayerNorm -> GELU
-          -> Linear d -> ResidualBlock x 2
-    """
+    """The features again: z (..., z_dim) -> f_hat (..., d)."""
 
     def __init__(self, d: int, z_dim: int):
         super().__init__()
@@ -169,10 +156,7 @@ class SVAE(nn.Module):
         return self.semantic_decoder(z), mu, log_var
 
 
-# --------------------------------------------------------------------------------------------------
-# S-VAE Loss Function
-# --------------------------------------------------------------------------------------------------
-
+# === S-VAE Loss Function ==========================================================================
 
 def svae_loss(f_hat, f, mu, log_var, beta: float) -> dict[str, torch.Tensor]:
     """The loss and its terms, each a scalar in fp32."""
@@ -198,41 +182,9 @@ def kl_divergence(mu: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
     return kl.mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Held-out losses and preview
-# --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def held_out_losses(model: SVAE, encoder, x: torch.Tensor, cfg: Config) -> dict[str, float]:
-    """The loss terms on held-out pictures, with noise that is the same at every call."""
-    f = frozen_features(encoder, x)
-    g = data.generator(cfg.seed, "svae", 0, "held out", x.device)
-    eps = torch.randn(*f.shape[:-1], cfg.z_dim, generator=g, device=x.device)
-    f_hat, mu, log_var = model(f, eps)
-    losses = svae_loss(f_hat, f, mu, log_var, cfg.beta)
-    return {name: value.item() for name, value in losses.items()}
-
-
-@torch.no_grad()
-def preview(model: SVAE, encoder, x: torch.Tensor, path: Path):
-    """Three rows: pictures, their frozen features as PCA colours, the features back from mu."""
-    f = frozen_features(encoder, x)
-    f_hat = model.semantic_decoder(model.projector(f)[0])
-    colours, colours_hat = data.pca_colours(f, f_hat, size=x.shape[-1])
-    rows = [list(data.to_uint8(x)), list(colours), list(colours_hat)]
-    names = "picture", "f, frozen", "f_hat, from mu"
-    data.save_png(data.grid(rows, [[name] + [""] * (len(x) - 1) for name in names]), path)
-
-
-# --------------------------------------------------------------------------------------------------
-# Training Procedures. Stage 1: Train S-VAE
-# --------------------------------------------------------------------------------------------------
-
-
+# === Training Procedures. Stage 1: Train S-VAE ====================================================
 def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     """The folder, the frozen encoder, the model and its optimizer, at the checkpoint's step."""
-    path = run.out / "svae.pt"
     folder, held_out = run.read_data(checkpoint)
     run.say(f"stage 1, {cfg.preset} preset on {run.device}: {len(folder.images):,} pictures, "
             f"captions from {folder.layout}, encoder {cfg.encoder}")
@@ -247,6 +199,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     if checkpoint:
+        path = run.out / "svae.pt"
         with data.reading(path):
             data.check_encoder(encoder_fingerprint, checkpoint, cfg.encoder)
             data.load_weights(model, checkpoint["model"], path)
@@ -256,20 +209,33 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
         model.compile()
 
     x_held_out = run.held_out(held_out, cfg.image_size)
-
-    def look(picture: Path | None) -> dict[str, float]:
-        if picture:
-            preview(model, encoder, x_held_out[:8], picture)
-        return held_out_losses(model, encoder, x_held_out, cfg)
-
-    run.start(checkpoint, ("loss", "semantic", "kl"), look, lambda: dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(),
-        encoder_fingerprint=encoder_fingerprint))
+    run.start(checkpoint, TERMS, lambda picture: look(model, encoder, x_held_out, cfg, picture),
+              lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                           encoder_fingerprint=encoder_fingerprint))
     return folder, encoder, model, optimizer
 
 
+@torch.no_grad()
+def look(model: SVAE, encoder, x: torch.Tensor, cfg: Config, picture: Path | None):
+    """The held-out loss terms, {name: value}, with the same noise at every call.
+
+    `picture`, if any, gets three rows: x, f as PCA colours, and f_hat from mu in the same colours.
+    """
+    f = frozen_features(encoder, x)
+    if picture:
+        f_hat = model.semantic_decoder(model.projector(f[:8])[0])
+        rows = [data.to_uint8(x[:8]), *data.pca_colours(f[:8], f_hat, size=x.shape[-1])]
+        names = [["picture"], ["f, frozen"], ["f_hat, from mu"]]
+        data.save_png(data.grid(rows, names), picture)
+    g = data.generator(cfg.seed, "svae", 0, "held out", x.device)
+    eps = torch.randn(*f.shape[:-1], cfg.z_dim, generator=g, device=x.device)
+    f_hat, mu, log_var = model(f, eps)
+    losses = svae_loss(f_hat, f, mu, log_var, cfg.beta)
+    return {name: value.item() for name, value in losses.items()}
+
+
 def train(cfg: Config, checkpoint: dict | None):
-    with data.Run(cfg, "svae", terms=("loss", "semantic", "kl", "grad_norm")) as run:
+    with data.Run(cfg, "svae", terms=(*TERMS, "grad_norm")) as run:
         folder, encoder, model, optimizer = set_up(cfg, checkpoint, run)
         svae, side = run.distribute(model), cfg.image_size // 16
 
@@ -283,6 +249,7 @@ def train(cfg: Config, checkpoint: dict | None):
                 f = frozen_features(encoder, x)                             # (B, h, w, d)
                 f_hat, mu, log_var = svae(f, eps)
             losses = svae_loss(f_hat, f, mu, log_var, cfg.beta)
+
             losses["loss"].backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()

@@ -1833,7 +1833,7 @@ REFUSED = {
     "latents of other pictures": (TRAINED, meta(digest="f" * 64), "dit --steps 9",
                                   "latents of other pictures or captions: 125 pictures, 125"),
     "latents of other statistics": (TRAINED, meta(variance=[9.0] * 8), "dit --steps 9",
-                                    "other channel statistics than those that dit.pt"),
+                                    "latents of other channel statistics"),
     "latents of another psvae.pt": (TRAINED, meta(fingerprint="f" * 64), "dit --steps 9",
                                     "latents of another psvae.pt"),
     "a dit.pt of another psvae.pt": (

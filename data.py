@@ -16,14 +16,9 @@ when they leave the loader and float in [-1, 1] from then on; features and laten
 (B, h, w, channels), as the guide writes them.
 """
 
-import contextlib
-import signal
-
-with contextlib.suppress(ValueError):                  # Ctrl-C while libraries load: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
-import ast
+import ast                                             # lists that Python printed into a table
+import contextlib
 import csv
 import errno
 import functools
@@ -34,24 +29,24 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.queues
-import operator
 import os
-import posixpath
+import posixpath                                       # names have "/" on Windows, too
 import re
 import shlex
 import shutil
+import signal
 import sys
+import textwrap
 import time
 import typing
 import unicodedata
 import warnings
-import zlib
-from dataclasses import dataclass, field, fields
+import zlib                                            # crc32: alike in every run, unlike hash()
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-import filelock
+import filelock                                        # goes by itself when a process dies
 import numpy as np
 import torch
 import torch.nn as nn
@@ -59,10 +54,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-with contextlib.suppress(ValueError):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent                 # the clone, wherever the command is typed
 FORMAT = 1                     # of checkpoints; another number is refused, never guessed at
 
 
@@ -99,13 +91,11 @@ COLUMNS = {                    # of a table, by what they mean; the first there 
 
 @dataclass
 class Folder:
-    """A list of pictures and a list of rows that speak of them; a row is (image, text, source).
+    """Pictures, and rows (image, text, source) that speak of them by their place in `images`.
+    source is -1 for a caption. For an edit it is the picture to be edited, `text` is the
+    instruction and `image` the result."""
 
-    image and source are indices into `images`; source is -1 for a caption, and the picture to be
-    edited for an edit (then `text` is the instruction and `image` the result).
-    """
-
-    root: Path
+    root: Path                                         # what paths in `images` start from
     layout: str                                       # metadata | text files | classes | file names
     images: list[str] = field(default_factory=list)   # paths relative to root
     rows: list[tuple[int, str, int]] = field(default_factory=list)
@@ -118,21 +108,19 @@ class Folder:
 
 def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
                 count: int = 50_000) -> tuple[Folder, Folder]:
-    """A folder's training and held-out pictures; README.md says which folders are understood.
-
-    An empty name is the built-in world, drawn on first use with `count` pictures. What is not used
-    is said, and stands in the first's `skipped`. Raises UserError: no such folder, or (unless
-    max_broken is None) no images in it, or more than max_broken of its rows unusable.
-    """
-    top = Path(name or f"{out}/world").expanduser()
-    if not name and os.environ.get("RANK", "0") == "0":
+    """A folder's training and held-out pictures; README.md says which folders are understood. An
+    empty name is the built-in world, drawn on first use with `count` pictures. What is not used is
+    said, and stands in the first's `skipped`. Raises UserError: no such folder, or (unless
+    max_broken is None) no images in it, or more than max_broken of its rows unusable."""
+    top = Path(name or f"{out}/world").expanduser()    # "~" is the home folder
+    if not name:
         _draw_world(top, count)
-    if not name and torch.distributed.is_initialized():       # wait for the rank that draws
-        torch.distributed.barrier()
     if not top.is_dir():
         why = " is a file; a folder of images is needed" if top.exists() else ": no such folder"
         raise UserError(f"--data {name}{why}. Without --data it is the built-in world.")
-    whole, sides = _read(top, say if name else lambda _: None)         # nothing on our own world
+    # sides: (train, val) or ("",). Of our own world nothing is said
+    whole, sides = _read(top, say if name else lambda _: None)
+    # By the hash of its name a picture keeps its side when the folder grows
     held = [name.startswith(sides[1]) if sides[1:] else zlib.crc32(
                 name[len(sides[0]):].encode("utf-8", "surrogateescape")) % HELD_OUT == 0
             for name in whole.images]
@@ -144,10 +132,10 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
         held_out = train
     elif not sides[1:] and held_out.own < 8:           # they may all be broken: some to stand in
         held_out.images += train.images[:8]
-    if whole.skipped:
-        say(f"{top}: {len(whole.skipped)} rows are left out (`python data.py --data …` lists "
-            f"them all): {'; '.join(whole.skipped[:3])}")
     train.skipped = whole.skipped
+    if train.skipped:
+        say(f"{top}: {len(train.skipped)} rows are left out (`python data.py --data …` lists "
+            f"them all): {'; '.join(train.skipped[:3])}")
     if max_broken is not None:
         accept(name, train, held_out, max_broken)
     return train, held_out
@@ -163,7 +151,7 @@ def accept(name: str, train: Folder, held_out: Folder, max_broken: float):
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str, least: int = 1):
     """Raises UserError when more than max_broken of `total` is broken; `least` stop nobody."""
-    if len(broken) > (max_broken and max(least, max_broken * total)):
+    if len(broken) > (max_broken and max(least, max_broken * total)):  # 0 means none at all
         raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken "
                         f"{max_broken} allows. The first: {printable('; '.join(broken[:3]))}. "
                         f"`python data.py --data …` lists them all.")
@@ -171,7 +159,7 @@ def tolerate(broken: list[str], total: int, max_broken: float, what: str, least:
 
 def digest(folder: Folder) -> str:
     """sha256 over names and rows: the same where a folder moved, another for other contents."""
-    return digest_of([folder.images, folder.rows])
+    return digest_of([folder.images, folder.rows])     # no root: a folder may move
 
 
 def printable(text: str) -> str:
@@ -180,8 +168,10 @@ def printable(text: str) -> str:
 
 
 def say(text: str):
-    if os.environ.get("RANK", "0") == "0":             # once, not once a process
-        print(printable(text), flush=True)
+    """One line for people, above the progress bar if there is one; once, not once a process."""
+    if torchrun()[0] == 0:
+        tqdm.write(printable(text))                    # else the bar would be drawn through it
+        sys.stdout.flush()                             # a log file shows it at once
 
 
 def unicode(text: str) -> str:
@@ -191,18 +181,20 @@ def unicode(text: str) -> str:
 
 def _draw_world(top: Path, count: int):
     """Draws the built-in world unless it is there; of two programs at once, one is refused."""
-    if (top / "world.json").exists():
-        if (there := read_json(top / "world.json").get("count")) != count != 50_000:
-            say(f"{top} is there, with {there} pictures: --count {count} does nothing")
-        return
-    from notes.world import world                      # the one thing the stages call in notes/
-    say(f"no --data: drawing the built-in world of {count:,} pictures into {top}")
-    try:
-        with take_lock(top.parent, "world"):
-            world.write(top, count=count)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the built-in world could not be drawn into {top} ({_first_line(error)}). "
-                        f"Make room, move away what is there, or choose another --out.")
+    there = read_json(top / "world.json").get("count")  # written last: then it is whole
+    if there and there != count != 50_000:
+        say(f"{top} is there, with {there} pictures: --count {count} does nothing")
+    if not there and torchrun()[0] == 0:
+        from notes.world import world                  # the one thing the stages call in notes/
+        say(f"no --data: drawing the built-in world of {count:,} pictures into {top}")
+        try:
+            with take_lock(top.parent, "world"):
+                world.write(top, count=count)
+        except (OSError, RuntimeError) as error:       # no room, or another folder of that name
+            raise UserError(f"the built-in world could not be drawn into {top} "
+                            f"({_first_line(error)}). Make room, or choose another --out.")
+    if torch.distributed.is_initialized():             # wait for the rank that draws
+        torch.distributed.barrier()
 
 
 def _plain(name: str) -> str:
@@ -220,27 +212,28 @@ def _read(top: Path, say) -> tuple[Folder, tuple[str, ...]]:
     found = _listing(top, whole.skipped)
     sides = _split(found["images"])
     images = [name for name in found["images"] if name.startswith(sides)]
-    texts = {_plain(name): name for name in found["texts"]}
+    texts = {_plain(name): name for name in found["texts"]}            # cat.TXT, too
     texts = {name: texts.get(os.path.splitext(_plain(name))[0] + ".txt") for name in images}
     rank = lambda name: -TABLES.index(posixpath.basename(name).lower())
+    # One table in each folder, the first of TABLES: what comes last here stays
     tables = {posixpath.dirname(name): name for name in sorted(found["tables"], key=rank)}
-    if tables:                                         # one in each folder, the first of TABLES
+    if tables:
         index, numbers, texts = {_plain(name): name for name in found["images"]}, {}, {}
-        index |= {name: name for name in found["images"]}
+        index |= {name: name for name in found["images"]}              # as it is spelt, first
         for table in sorted(tables.values()):
             _from_table(whole, table, index, numbers, sides)
-        whole.images = list(numbers)
-    elif any(texts.values()):
+        whole.images = list(numbers)                   # in the order in which rows name them
+    elif any(texts.values()):                          # one is enough: the others are then missing
         _from_texts(whole, texts)
     else:
         _from_names(whole, images, sides)
-    unread = {*found["tables"], *found["texts"], *found["others"]}
+    known = {*tables.values(), *texts.values(), *IMAGENET}
     for what, names in (
             ("links to folders that are read already", found["again"]),
             (f"pictures outside {' and '.join(sides)}", {*found["images"]}.difference(images)),
             ("pictures that no table names", tables and {*images}.difference(whole.images)),
             (f"files that are no picture, no .txt beside one, and none of {', '.join(TABLES)}",
-             unread - {*tables.values(), *texts.values(), *IMAGENET})):
+             {*found["tables"], *found["texts"], *found["others"]} - known)):
         kinds = [sorted(kind) for _, kind in itertools.groupby(sorted(names, key=_kind), _kind)]
         if kinds:                                      # rare kinds first: they say more
             kinds = [f"{len(kind)} like {kind[0]!r}" for kind in sorted(kinds, key=len)[:8]]
@@ -249,36 +242,35 @@ def _read(top: Path, say) -> tuple[Folder, tuple[str, ...]]:
 
 
 def _listing(top: Path, broken: list[str]) -> dict[str, list[str]]:
-    """Every file below top, by kind; what is broken is added to `broken`.
-
-    Links are followed: whoever made the folder put them there. Each folder is read once, rather by
-    its own name than by a link's, so that neither loops nor copies ("again") arise.
-    """
+    """Every file below top, by kind; what is broken is added to `broken`. Links are followed:
+    whoever made the folder put them there. Each folder is read once, rather by its own name than by
+    a link's, so that neither loops nor copies ("again") arise."""
     found = {kind: [] for kind in ("images", "texts", "tables", "others", "again")}
     seen, stack = set(), [""]
     while stack:
         folder = stack.pop()
         here = os.stat(os.path.join(top, folder))
-        if (here.st_dev, here.st_ino) in seen:
+        if (here.st_dev, here.st_ino) in seen:         # whatever the way there was called
             found["again"].append(folder)
             continue
         seen.add((here.st_dev, here.st_ino))
-        for entry in sorted(os.scandir(os.path.join(top, folder)), key=lambda entry: entry.name):
-            name, link = posixpath.join(folder, entry.name), entry.is_symlink()
+        for entry in os.scandir(os.path.join(top, folder)):
+            name, kind = posixpath.join(folder, entry.name), _kind(entry.name)
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue                               # no person put it there
+            link = entry.is_symlink()                  # of all others scandir knows what they are
             if os.path.isdir(entry.path) if link else entry.is_dir():
-                stack.insert(0 if link else len(stack), name)
-            elif not (os.path.isfile(entry.path) if link else entry.is_file()):
+                stack.insert(0 if link else len(stack), name)          # links wait at the bottom
+                continue
+            if not (os.path.isfile(entry.path) if link else entry.is_file()):
                 broken.append(f"{name!r}: no file (a broken link, or a pipe)")
-            else:
-                if not (kind := _kind(name)):          # a picture all the same?
-                    with contextlib.suppress(Exception), Image.open(entry.path, formats=FORMATS):
-                        kind = ".png"
-                found["images" if kind in SUFFIXES else
-                      "tables" if entry.name.lower() in TABLES else
-                      "texts" if kind == ".txt" else "others"].append(name)
-    return {kind: sorted(names) for kind, names in found.items()}
+                continue
+            if not kind:                               # a picture all the same?
+                with contextlib.suppress(Exception), Image.open(entry.path, formats=FORMATS):
+                    kind = ".png"
+            found["images" if kind in SUFFIXES else "tables" if entry.name.lower() in TABLES
+                  else "texts" if kind == ".txt" else "others"].append(name)
+    return {kind: sorted(names) for kind, names in found.items()}      # no file system's order
 
 
 def _split(images: list[str]) -> tuple[str, ...]:
@@ -293,7 +285,7 @@ def _split(images: list[str]) -> tuple[str, ...]:
         if train and len(train) + len(val) == len(below):
             return train[0], *val[:1]
         if len(below) != 1:
-            return ("",)
+            return ("",)                               # no split: every name begins with ""
         base += f"{below[0]}/"                         # the only folder: look inside
 
 
@@ -332,21 +324,20 @@ def _from_texts(whole: Folder, texts: dict[str, str | None]):
 
 def _from_names(whole: Folder, images: list[str], sides: tuple[str, ...]):
     """A caption from the deepest level of folders that tells pictures apart, else from file names.
-
-    Words go before numbers: in cat/0/1.png, cat/1/2.png, dog/0/3.png the classes are cat and dog.
-    """
-    titles, levels = _titles(whole.root), {}
+    Words go before numbers: in cat/0/1.png, cat/1/2.png, dog/0/3.png the classes are cat and
+    dog."""
+    titles, levels = _titles(whole.root), {}           # level: has it words?
     paths = [name[len(sides[-1] if name.startswith(sides[-1]) else sides[0]):].split("/")
              for name in images]
     for level in range(max(map(len, paths), default=1) - 1):
         names = {path[level] for path in paths if len(path) > level + 1}
-        if len(names) > 1 or names & titles.keys():
+        if len(names) > 1 or names & titles.keys():    # one class of ImageNet is a class as well
             levels[level] = any(map(str.isalpha, "".join(names)))
     level = max(levels, key=lambda level: (levels[level], level), default=None)
     whole.layout, whole.images = "file names" if level is None else "classes", images
     for i, path in enumerate(paths):
         key = (os.path.splitext(path[-1])[0] if level is None or len(path) == 1
-               else path[min(level, len(path) - 2)])
+               else path[min(level, len(path) - 2)])   # a picture above that level: its own folder
         whole.rows.append((i, titles.get(key, _words(key)), -1))
 
 
@@ -354,10 +345,10 @@ def _titles(top: Path) -> dict[str, str]:
     """ImageNet's wnid -> first name; where Kaggle keeps val/ flat, picture -> name of its class."""
     path, val = (top / name for name in IMAGENET)
     with _open(path if path.is_file() else HERE / "notes/imagenet_names.txt") as lines:
-        titles = {wnid: names.split(",")[0].strip()
+        titles = {wnid: names.split(",")[0].strip()    # n01440764 tench, Tinca tinca
                   for wnid, _, names in (line.partition(" ") for line in lines) if names}
-    if val.is_file():                                  # picture,wnid x y x y ...
-        with _open(val) as lines:
+    if val.is_file():
+        with _open(val) as lines:                      # picture,wnid x y x y ...
             titles |= {picture: titles.get(wnid.split(" ")[0], "")
                        for picture, _, wnid in (line.partition(",") for line in lines)}
     return titles
@@ -372,7 +363,7 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
     def find(value) -> str:
         name = _plain(_text(value))
         for path in (value, name, *(name.removeprefix(top) for top in tops)):
-            for base in (posixpath.dirname(table), ""):
+            for base in (posixpath.dirname(table), ""):                # seen from the table, or top
                 if (inside := posixpath.normpath(posixpath.join(base, path))) in index:
                     return index[inside]
         leaves = posixpath.normpath(name).startswith(("/", ".."))
@@ -380,14 +371,14 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
 
     with _open(whole.root / table) as lines:
         if _kind(table) == ".jsonl":
-            rows = map(json.loads, filter(str.strip, lines))
+            rows = map(json.loads, filter(str.strip, lines))           # blank lines are none
         else:
-            csv.field_size_limit(2**31 - 1)
+            csv.field_size_limit(2**31 - 1)            # a caption may be long
             head = lines.readline()
-            mark = max(",;\t|", key=head.count)
+            mark = max(",;\t|", key=head.count)        # whatever splits the head most
             names = next(csv.reader([head], delimiter=mark), [])
             rows = csv.DictReader(lines, names, delimiter=mark, strict=True)
-        for number in itertools.count(1):
+        for number in itertools.count(1):              # one broken row does not end the table
             try:
                 if not isinstance(row := next(rows), dict):
                     raise ValueError("no columns")
@@ -402,7 +393,7 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
                 if str(texts).startswith("["):         # a list in a cell: JSON's or Python's
                     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                         texts = ast.literal_eval(texts)
-                texts = texts if isinstance(texts, list) and texts else [texts]
+                texts = texts if isinstance(texts, list) and texts else [texts]  # a row for each
                 texts = [_text(text) for text in texts]
                 paths = [find(path) for path in (*filter(None, found["source"][:1]),
                                                  found["file_name"][0])]
@@ -416,16 +407,14 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
 
 
 def _part(whole: Folder, held: list[bool], side: bool, prefix: str) -> Folder:
-    """One side, with names relative to its folder.
-
-    An edit with either picture held out is held out; its other picture then stands on both sides,
-    and in the held-out folder behind those that are its own.
-    """
+    """One side, with names relative to its folder. An edit with either picture held out is held
+    out; its other picture then stands on both sides, and in the held-out folder behind those that
+    are its own."""
     rows = [row for row in whole.rows if (held[row[0]] or (row[2] >= 0 and held[row[2]])) == side]
-    used = dict.fromkeys(i for image, _, source in rows for i in (image, source) if i >= 0)
-    used = sorted(used, key=lambda i: held[i] != side)                 # stable: its own first
-    index = {i: number for number, i in enumerate(used)}
-    rows = [(index[image], text, index.get(source, -1)) for image, text, source in rows]
+    used = {i for image, _, source in rows for i in (image, source) if i >= 0}
+    used = sorted(used, key=lambda i: (held[i] != side, i))            # its own first
+    index = {i: number for number, i in enumerate(used)} | {-1: -1}    # no source stays none
+    rows = [(index[image], text, index[source]) for image, text, source in rows]
     names, root = [whole.images[i] for i in used], whole.root
     if all(name.startswith(prefix) for name in names):                 # no edit across both sides
         names, root = [name[len(prefix):] for name in names], root / prefix
@@ -435,7 +424,7 @@ def _part(whole: Folder, held: list[bool], side: bool, prefix: str) -> Folder:
 def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
     """Several folders as one: paths from their common parent, a picture in two of them once."""
     whole = Folder(Path(os.path.commonpath([folder.root for folder in folders])), folders[0].layout)
-    index = {}
+    index = {}                                         # path from the common parent: its place
     for folder in folders:
         prefix = Path(os.path.relpath(folder.root, whole.root)).as_posix()
         ids = [index.setdefault(posixpath.normpath(posixpath.join(prefix, name)), len(index))
@@ -448,23 +437,21 @@ def joined(folders: tuple[Folder, ...] | list[Folder]) -> Folder:
 
 def open_image(path: str, draft: int = 0) -> Image.Image:
     """Any picture as RGB: first frame, turned as EXIF says, transparency on white, 16 bit as 8.
-
     draft > 0 lets the JPEG decoder skip detail down to that many pixels a side (three times faster
-    at 500 px). Raises whatever Pillow raises, and ValueError above LARGEST.
-    """
+    at 500 px). Raises whatever Pillow raises, and ValueError above LARGEST."""
     with Image.open(path, formats=FORMATS) as image:
-        if draft and image.format == "JPEG":
-            image.draft("RGB", (draft, draft))
+        if draft:
+            image.draft("RGB", (draft, draft))         # formats other than JPEG ignore it
         if image.width * image.height > LARGEST:
             raise ValueError(f"{image.width:,} x {image.height:,} pixels; {LARGEST:,} are the most")
-        image.load()
+        image.load()                                   # only now pixels are decoded
         with contextlib.suppress(Exception):           # an unreadable rotation is no rotation
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                 # .convert would clip 16 bit at 255
             values = np.asarray(image)
             deep = image.mode != "I" or values.max(initial=0) > 255    # "I" does not say its range
             image = Image.fromarray((values // (256 if deep else 1)).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
@@ -476,41 +463,36 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
     if rng is None:
         side = min(width, height)
         box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    else:
+    else:                                              # its sides are as 3 to 4 at the most
         area = width * height * rng.uniform(0.5, 1)
         ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
         w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
         left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
         box = (left, top, left + w, top + h)
-    if image.size != (size, size) or box != (0, 0, size, size):
+    if image.size != (size, size) or box != (0, 0, size, size):        # else taken as it is
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels = np.array(image)
+    pixels = np.array(image)                           # a copy: Pillow's is read-only
     return pixels[:, ::-1].copy() if rng is not None and rng.random() < 0.5 else pixels
 
 
 def user_image(name: str, size: int) -> np.ndarray:
     """A picture that a person named, cropped: uint8 (size, size, 3). Raises UserError."""
-    if not Path(name).is_file():
-        raise UserError(f"{printable(name)}: no such file.")
     try:
-        with Image.open(name, formats=FORMATS) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                print(f"{printable(name)} is animated: its first frame is used")
         image = open_image(name)
+    except FileNotFoundError:
+        raise UserError(f"{printable(name)}: no such file.")
     except Exception as error:                         # decoders raise nearly anything on rubbish
         raise UserError(f"{printable(name)} cannot be read as an image ({_first_line(error)}).")
     if image.width != image.height:
-        print(f"{printable(name)} is {image.width} x {image.height}: its middle is used, a square")
+        say(f"{name} is {image.width} x {image.height}: its middle is used, a square")
     return square(image, size)
 
 
 class Pictures(torch.utils.data.Dataset):
     """Pictures of a folder, uint8 (3, size, size). A key is (index, seed); seed None: centre crop.
-
     A picture that cannot be read is replaced by the next one that can, so that the order of a run
     does not depend on it; `collate` returns the names beside the batch, and Run.count_broken ends
-    the run when they are too many.
-    """
+    the run when they are too many."""
 
     def __init__(self, folder: Folder, size: int):
         self.folder, self.size = folder, size
@@ -522,7 +504,7 @@ class Pictures(torch.utils.data.Dataset):
         broken = []
         for index in range(key[0], key[0] + min(len(self), 1000)):
             try:
-                pixels = self.read(index % len(self), key[1])
+                pixels = self.read(index % len(self), key[1])          # round the end
                 return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), broken
             except Exception as error:                 # decoders raise nearly anything on rubbish
                 broken.append((index % len(self), _first_line(error)))
@@ -540,34 +522,20 @@ class Pictures(torch.utils.data.Dataset):
 
 def batches(dataset, keys_of_step, start: int, stop: int, workers: int = 0, pin: bool = False):
     """Yields dataset.collate([dataset[k] for k in keys_of_step(s)]) for s in start .. stop - 1.
-
-    Raises UserError where worker processes die, or bring nothing for PATIENCE seconds.
-    """
-    loader = torch.utils.data.DataLoader(
+    Worker processes that die, or bring nothing for PATIENCE seconds, end the run (see
+    _one_line)."""
+    yield from torch.utils.data.DataLoader(
         dataset, batch_sampler=(keys_of_step(step) for step in range(start, stop)),
         collate_fn=dataset.collate, num_workers=workers, pin_memory=pin,
         prefetch_factor=4 if workers else None, timeout=PATIENCE if workers else 0,
-        generator=torch.Generator(), worker_init_fn=_quiet_worker)
-    try:
-        yield from loader
-    except Exception as error:                         # torch wraps a worker's in its traceback
-        if not workers:
-            raise
-        raise worker_error(error)
-
-
-def worker_error(error: Exception) -> UserError:
-    why = printable(str(error).strip().splitlines()[-1])[:200]
-    return UserError(f"a process that loads data has failed ({why}). It may lack memory, room in "
-                     f"/dev/shm, or file handles: --workers 0 does without such processes.")
+        generator=torch.Generator(),                   # else it draws from the global one
+        worker_init_fn=_quiet_worker)
 
 
 def _quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C is for the run, which ends workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    # a batch that cannot be sent would be waited for: rather die, which is noticed at once
-    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+    torch.set_num_threads(1)                           # workers share the cores with each other
 
 
 def to_float(images: torch.Tensor, device) -> torch.Tensor:
@@ -588,12 +556,10 @@ TINY_TEXT_ENCODER = "notes/tiny/text_encoder"
 
 
 class ImageEncoder(nn.Module):
-    """A DINOv2, with or without registers: x (B, 3, H, W) in [-1, 1] -> f (B, h, w, d) in fp32.
-
-    H = W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16
-    px. f is last_hidden_state, after the final LayerNorm, without CLS and register tokens. Always
-    in eval mode.
-    """
+    """A DINOv2, with or without registers: x (B, 3, H, W) in [-1, 1] -> f (B, h, w, d) in fp32. H =
+    W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16 px. f
+    is last_hidden_state, after the final LayerNorm, without CLS and register tokens. Always in eval
+    mode."""
 
     def __init__(self, network):
         super().__init__()
@@ -612,8 +578,7 @@ class ImageEncoder(nn.Module):
 
     def recompute_activations(self):
         """Trades a forward pass for memory going back; takes effect at the next train()."""
-        # transformers 5.23 renamed it
-        getattr(self.network, "activation_checkpointing_enable",
+        getattr(self.network, "activation_checkpointing_enable",       # since transformers 5.23
                 self.network.gradient_checkpointing_enable)()
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
@@ -621,14 +586,14 @@ class ImageEncoder(nn.Module):
         size = x.shape[-1] // 16 * self.patch
         x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True,
                           align_corners=False)
-        x = ((x + 1) / 2 - self.mean) / self.std
+        x = ((x + 1) / 2 - self.mean) / self.std       # as it was trained on ImageNet
         return self.network(pixel_values=x).last_hidden_state.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        side = x.shape[-1] // 16
+        side = x.shape[-1] // 16                       # h = w
         f = self.tokens(x)[:, self.extra_tokens:]
         assert f.shape[1] == side * side, f"{f.shape[1]} patch tokens, a grid of {side} x {side}"
-        return f.unflatten(1, (side, side))
+        return f.unflatten(1, (side, side))            # row by row
 
     @property
     def description(self) -> dict:
@@ -639,9 +604,9 @@ class ImageEncoder(nn.Module):
 
 def load_image_encoder(name: str) -> ImageEncoder:
     """A DINOv2 by hub name or local folder, in fp32. Raises UserError."""
-    from transformers import AutoModel
+    from transformers import AutoModel                 # slow to import: only where it is needed
     types = ("dinov2", "dinov2_with_registers")
-    return ImageEncoder(_load_pretrained(AutoModel, name, types, torch.float32))
+    return ImageEncoder(_load_network(AutoModel, name, types, torch.float32))
 
 
 def build_image_encoder(description: dict) -> ImageEncoder:
@@ -653,11 +618,9 @@ def build_image_encoder(description: dict) -> ImageEncoder:
 
 
 class TextEncoder:
-    """A frozen T5 encoder with its tokenizer: captions -> (B, L, d) float32, mask (B, L).
-
-    L is the longest caption of the call, in tokens; what is longer than max_tokens is cut. The mask
-    is True at tokens. "" is the single token </s>.
-    """
+    """A frozen T5 encoder with its tokenizer: captions -> (B, L, d) float32, mask (B, L). L is the
+    longest caption of the call, in tokens; what is longer than max_tokens is cut. The mask is True
+    at tokens. "" is the single token </s>."""
 
     def __init__(self, network, tokenizer, max_tokens: int):
         self.network, self.tokenizer = network.eval().requires_grad_(False), tokenizer
@@ -692,16 +655,10 @@ def load_text_encoder(name: str, max_tokens: int = 120, device="cpu") -> TextEnc
     """A T5 by hub name or local folder: bf16 on CUDA (fp16 overflows in it), fp32 on a CPU."""
     from transformers import AutoModelForTextEncoding, AutoTokenizer
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    network = _load_pretrained(AutoModelForTextEncoding, name, ("t5", "mt5", "umt5"), dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_local(name), local_files_only=True,
-                                                  trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"the tokenizer of {name} cannot be loaded ({_first_line(error)}). "
-                        f"google/flan-t5-* bring one that needs no further package; "
-                        f"google/t5-v1_1-* need sentencepiece and protobuf.")
+    network = _load_network(AutoModelForTextEncoding, name, ("t5", "mt5", "umt5"), dtype)
+    tokenizer = _from_pretrained(AutoTokenizer, name)
     known = [i for i in tokenizer("a red circle")["input_ids"] if i != tokenizer.unk_token_id]
-    if len(tokenizer) < 200 or len(known) < 3:
+    if len(tokenizer) < 200 or len(known) < 3:         # transformers makes an empty one up
         raise UserError(f"the tokenizer of {name} has lost its vocabulary ({len(tokenizer)} "
                         f"tokens): its folder needs tokenizer.json or spiece.model.")
     return TextEncoder(network.to(device), tokenizer, max_tokens)
@@ -721,49 +678,43 @@ def absolute(name: str) -> str:
     return str(path.absolute()) if name and path.is_dir() and not (HERE / name).is_dir() else name
 
 
-def _load_pretrained(kind, name: str, model_types: tuple[str, ...], dtype):
-    """from_pretrained, but nothing half-loaded: transformers fills what is missing at random."""
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer
-    path, no_code = _local(name), {"trust_remote_code": False}
-    if path == name and (name.startswith((".", "/", "~")) or name.count("/") > 1) and (
-            not os.path.isdir(name)):
+def _from_pretrained(kind, name: str, **settings):
+    """kind.from_pretrained: of a folder or the hub's cache, else from the hub. No code that comes
+    with the weights is run. Raises UserError."""
+    path = _local(name)
+    if name.startswith((".", "/", "~")) and not os.path.isdir(path):
         raise UserError(f"no such folder: {name} (an encoder is a folder saved by save_pretrained, "
                         f"or a hub name such as facebook/dinov2-large).")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, **no_code)
-        online = False
-    except Exception as error:
-        if os.path.isdir(path):
-            raise UserError(f"{name} has no readable config.json ({_first_line(error)}). "
-                            f"Give a folder saved by save_pretrained.")
-        print(f"downloading {name}", flush=True)
-        config, online = _or_user_error(name, AutoConfig.from_pretrained, path, **no_code), True
-    if config.model_type not in model_types:
+    for offline in (True, False):                      # what is there needs no network
+        try:
+            return kind.from_pretrained(path, local_files_only=offline, trust_remote_code=False,
+                                        **settings)
+        except Exception as error:                     # OSError, ValueError, SafetensorError, ...
+            if not offline or os.path.isdir(path):
+                raise UserError(f"{name} cannot be loaded by {kind.__name__}: {_first_line(error)}."
+                                f" A hub name is downloaded once, which needs the network.")
+            say(f"downloading {name}")
+
+
+def _load_network(kind, name: str, model_types: tuple[str, ...], dtype):
+    """A network of one of these types, and all of it: transformers fills what is missing at
+    random. Raises UserError."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+    config = _from_pretrained(AutoConfig, name)
+    if config.model_type not in model_types:           # before GBs are read
         raise UserError(f"{name} is a {config.model_type!r} model; "
                         f"needed: {' or '.join(model_types)}.")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()   # what is missing or unexpected is told below
-    network, info = _or_user_error(name, kind.from_pretrained, path, dtype=dtype, **no_code,
-                                   output_loading_info=True, local_files_only=not online)
+    logging.disable_progress_bar()                     # the run has its own
+    logging.set_verbosity_error()                      # what is missing or unexpected is told below
+    network, info = _from_pretrained(kind, name, dtype=dtype, output_loading_info=True)
     wrong = [str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
              for key in sorted(info[what], key=str)
              if "position_ids" not in str(key) and not str(key).startswith("lm_head.")]
     if wrong:
         raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or "
                         f"unexpected, the first {wrong[0]}.")
-    if online:                                         # the tokenizer too, for later loads
-        with contextlib.suppress(Exception):
-            AutoTokenizer.from_pretrained(path, **no_code)
     return network
-
-
-def _or_user_error(name, load, *args, **kwargs):
-    try:
-        return load(*args, **kwargs)
-    except Exception as error:                         # OSError, ValueError, SafetensorError, ...
-        raise UserError(f"{name} cannot be loaded: {_first_line(error)}. A hub name is downloaded "
-                        f"once, which needs the network; a folder of your own does not.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -772,12 +723,10 @@ def _first_line(error: BaseException) -> str:
 
 def load_lpips(device) -> nn.Module:
     """LPIPS with VGG16 (Zhang et al. 2018), frozen: pairs (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
-
-    Raises UserError where the package, torchvision or VGG's weights (553 MB) cannot be had.
-    """
+    Raises UserError where the package, torchvision or VGG's weights (553 MB) cannot be had."""
     try:
         import lpips
-        lpips.normalize_tensor = _unit_normalize
+        lpips.normalize_tensor = _unit_normalize       # see below
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             network = lpips.LPIPS(net="vgg", verbose=False)
@@ -798,22 +747,20 @@ def _unit_normalize(features: torch.Tensor, eps: float = 1e-10) -> torch.Tensor:
 
 
 def generator(seed: int, stage: str, step: int, what: str, device="cpu") -> torch.Generator:
-    """The generator for one purpose in one step.
-
-    It depends on nothing else: a resumed run needs no state of a generator.
-    """
+    """The generator for one purpose in one step. It depends on nothing else: a resumed run needs no
+    state of a generator."""
     digest = hashlib.sha256(f"{seed}/{stage}/{step}/{what}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)                        # ImageNet's takes 10 MB
 def _permutation(seed: int, stage: str, count: int, epoch: int) -> np.ndarray:
     return torch.randperm(count, generator=generator(seed, stage, epoch, "order")).numpy()
 
 
 def order(seed: int, stage: str, count: int, batch: int, step: int) -> np.ndarray:
     """Indices (batch,) of a step's global batch: permutation after permutation, without a gap."""
-    positions = np.arange(step * batch, (step + 1) * batch)
+    positions = np.arange(step * batch, (step + 1) * batch)  # an epoch may end inside a batch
     return np.array([_permutation(seed, stage, count, int(p) // count)[p % count]
                      for p in positions])
 
@@ -827,12 +774,10 @@ RESTORE = "Restore it, or start over with --fresh."
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Yields a temporary path, moved to `path` when the block ends well: never half a file.
-
-    A link is followed to its file; a device, a pipe or a folder is never replaced.
-    """
+    """Yields a temporary path, moved to `path` when the block ends well: never half a file. A link
+    is followed to its file; a device, a pipe or a folder is never replaced."""
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")  # beside it: a move inside one disk is atomic
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is there, and is no file. Choose another --out.")
@@ -840,14 +785,13 @@ def atomic(path: Path):
         yield partial
         with open(partial, "ab") as file:              # flushed before the move; Windows wants "a"
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
+        os.replace(partial, path)                      # old or new, whenever power fails
+    except BaseException as error:                     # Ctrl-C, too
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, (OSError, RuntimeError)):
+        if isinstance(error, (OSError, RuntimeError)): # torch.save: a full disk is a RuntimeError
             raise UserError(f"{path} could not be written ({_first_line(error)}); what stood there "
-                            f"before is whole. Make room or choose another --out, and run the same "
-                            f"command again.")
+                            f"before is whole. Make room, or choose another --out.")
         raise
 
 
@@ -856,7 +800,7 @@ def reading(path: Path, then: str = RESTORE):
     """Whatever goes wrong while a file of ours is read is one line, which ends in what to do."""
     try:
         yield
-    except (UserError, MemoryError, torch.cuda.OutOfMemoryError):
+    except (UserError, MemoryError, torch.cuda.OutOfMemoryError):      # no fault of the file
         raise
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version ({_first_line(error)}). {then}")
@@ -870,11 +814,9 @@ def save(path: Path, stage: str, cfg, **parts):
 
 
 def load(path: Path, stage: str, before: str = "") -> dict:
-    """Reads a checkpoint of a stage onto the CPU; nothing in it is executed (weights_only).
-
-    Keys: format, stage, config, versions, model, step, seed, and what the stage adds (ema,
-    optimizer, fingerprint, ...). `before` is the command that makes it. Raises UserError.
-    """
+    """Reads a checkpoint of a stage onto the CPU; nothing in it is executed (weights_only). Keys:
+    format, stage, config, versions, model, step, seed, and what the stage adds (ema, optimizer,
+    fingerprint, ...). `before` is the command that makes it. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not there{f'; first run: {before}' if before else ''}.")
@@ -893,20 +835,18 @@ def load_weights(module: nn.Module, state: dict, path: Path):
     with reading(path):
         _compare(module, state, path)
         module.load_state_dict(state)
-        for name, value in module.state_dict().items():
+        for name, value in module.state_dict().items():  # else NaN would spread silently
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def rebuild(make, state: dict, path: Path) -> nn.Module:
-    """make() with the weights of a checkpoint, in eval mode.
-
-    A small file can declare a huge network: shapes are compared first where weights take no memory.
-    """
+    """make() with the weights of a checkpoint, in eval mode. A small file can declare a huge
+    network: shapes are compared first where weights take no memory."""
     with reading(path):
         with torch.device("meta"):
             _compare(make(), state, path)
-        module = make()
+        module = make()                                # now with memory
     load_weights(module, state, path)
     return module.eval().requires_grad_(False)
 
@@ -933,7 +873,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
             optimizer.state[p] = {"step": p.new_tensor(float(moments["step"])), **own}
             if not all(torch.isfinite(value).all() for value in own.values()):
                 raise ValueError("its optimizer holds NaN or infinite values")
-        if not optimizer.state:
+        if not optimizer.state:                        # it would start from 0, with a jump
             raise ValueError("its optimizer lacks every moment")
 
 
@@ -961,8 +901,7 @@ def versions() -> dict[str, str]:
 
 def plain(cfg) -> dict:
     """A Config as plain types."""
-    values = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(cfg).items()}
 
 
 def digest_of(value) -> str:
@@ -994,23 +933,26 @@ def free_space(path: Path, needed: int, what: str):
 def unfinished(final: Path, mark: dict) -> Path:
     """<final>.partial, to be filled file by file; what a run of the same mark left stays."""
     work = final.with_name(final.name + ".partial")
-    if read_json(work / "mark.json") != mark:
+    if read_json(work / "mark.json") != mark:          # made of something else: begin again
         remove_folder(work)
-        with atomic(work / "mark.json") as partial:
-            partial.write_text(json.dumps(mark))
+        write_json(work / "mark.json", mark)
     return work
 
 
 def finish(work: Path, final: Path, meta: dict):
     """Writes meta.json and puts the folder in its place: it is whole, or not there."""
-    with atomic(work / "meta.json") as partial:
-        partial.write_text(json.dumps(meta, indent=1))
+    write_json(work / "meta.json", meta)
     old = final.with_name(final.name + ".old")
-    remove_folder(old)
+    remove_folder(old)                                 # of a run that was killed right here
     if final.exists():
         os.replace(final, old)
     os.replace(work, final)
     remove_folder(old)
+
+
+def write_json(path: Path, value: dict):
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:
@@ -1023,11 +965,11 @@ def read_json(path: Path) -> dict:
 
 
 def human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit in ("B", "KB") else f"{size:.1f} {unit}"
+    """1.2e9 -> "1.2 GB"."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.{0 if unit in ('B', 'KB') else 1}f} {unit}"
         size /= 1000
-    return f"{size:.1f} TB"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1049,6 +991,8 @@ class Run:
     for the whole batch and then sliced, so that neither data nor noise depends on the number of
     processes. `also` are further stages whose files are read: they may not be rewritten meanwhile.
     """
+
+    say = staticmethod(say)
 
     def __init__(self, cfg, stage: str, terms: tuple[str, ...] = (), also: tuple[str, ...] = ()):
         self.cfg, self.stage, self.terms, self.out = cfg, stage, terms, Path(cfg.out)
@@ -1076,6 +1020,12 @@ class Run:
             with contextlib.suppress(ValueError):      # not in the main thread: a caller's business
                 signal.signal(number, self._signal)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.open.close()
+
     def autocast(self):
         """bf16 with --precision bf16; around networks only: losses are in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
@@ -1084,38 +1034,36 @@ class Run:
 
     def mine(self, rows):
         """This rank's slice of a global batch (tensor, array or list)."""
-        size = len(rows) // self.world
+        size = len(rows) // self.world                 # it divides: see __init__
         return rows[self.rank * size:(self.rank + 1) * size]
+
+    def _draw(self, step: int, what: str, draw, *args) -> torch.Tensor:
+        g = generator(self.cfg.seed, self.stage, step, what, self.device)
+        return self.mine(draw(*args, generator=g, device=self.device))
 
     def randn(self, step: int, what: str, *shape: int) -> torch.Tensor:
         """N(0, 1) for this rank's rows, drawn for the global batch."""
-        g = generator(self.cfg.seed, self.stage, step, what, self.device)
-        return self.mine(torch.randn(self.cfg.batch, *shape, generator=g, device=self.device))
+        return self._draw(step, what, torch.randn, (self.cfg.batch, *shape))
 
     def rand(self, step: int, what: str, *shape: int) -> torch.Tensor:
         """Uniform in [0, 1) for this rank's rows, drawn for the global batch."""
-        g = generator(self.cfg.seed, self.stage, step, what, self.device)
-        return self.mine(torch.rand(self.cfg.batch, *shape, generator=g, device=self.device))
+        return self._draw(step, what, torch.rand, (self.cfg.batch, *shape))
 
     def randint(self, step: int, what: str, low: int, high: int) -> torch.Tensor:
         """Integers in low .. high - 1 for this rank's rows, drawn for the global batch."""
-        g = generator(self.cfg.seed, self.stage, step, what, self.device)
-        shape = (self.cfg.batch,)
-        return self.mine(torch.randint(low, high, shape, generator=g, device=self.device))
+        return self._draw(step, what, torch.randint, low, high, (self.cfg.batch,))
 
     def to_device(self, tensors):
         return [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
 
     def distribute(self, model: nn.Module, unused: bool = False) -> nn.Module:
         """The handle to call in training: it averages gradients over ranks. Keep the bare one, too.
-
-        unused: some parameters take no part in some steps.
-        """
+        unused: some parameters take no part in some steps."""
         if self.world == 1:
             return model
         return nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False, find_unused_parameters=unused)
+            broadcast_buffers=False, find_unused_parameters=unused)    # constants: alike everywhere
 
     def micro_batches(self, model: nn.Module, *tensors):
         """Yields the batch in --micro-batches parts; ranks exchange gradients at the last."""
@@ -1139,10 +1087,9 @@ class Run:
         with reading(self.out / f"{self.stage}.pt"):
             then = (checkpoint or {}).get("data", self.data)
             if then["digest"] != self.data["digest"]:
-                now, before = self.data["pictures"], then["pictures"]
                 what = (f"{train.root} holds other pictures or captions than {self.stage}.pt "
-                        f"learned from: {now:,} pictures, {before:,} then")
-                if checkpoint["config"]["data"] != cfg.data:
+                        f"learned from: {len(train.images):,} pictures, {then['pictures']:,} then")
+                if checkpoint["config"]["data"] != cfg.data:           # another folder was named
                     raise UserError(f"{what}. Another data set needs a folder of its own, --out "
                                     f"other; or start over with --fresh.")
                 self.say(f"{what}. The run resumes with them")
@@ -1152,12 +1099,11 @@ class Run:
         """Yields (step, x) with x float (B / ranks, 3, size, size) in [-1, 1], to the last step."""
         cfg, self.folder = self.cfg, folder
 
-        def keys(step):
+        def keys(step):                                # a seed for each picture's crop and flip
             rows = order(cfg.seed, self.stage, len(folder.images), cfg.batch, step)
-            if not augment:
-                return self.mine([(int(row), None) for row in rows])
             seed = int(generator(cfg.seed, self.stage, step, "augment").initial_seed())
-            return self.mine([(int(row), seed + i) for i, row in enumerate(rows)])
+            return self.mine([(int(row), seed + i if augment else None)
+                              for i, row in enumerate(rows)])
 
         for step, (images, broken) in self.batches(Pictures(folder, size), keys):
             self.count_broken(broken)
@@ -1165,7 +1111,7 @@ class Run:
 
     def batches(self, dataset, keys):
         """Yields (step, batch) from the first step that is still to be done."""
-        pin = self.device.type == "cuda"
+        pin = self.device.type == "cuda"               # copies to the card run beside the step
         return enumerate(batches(dataset, keys, self.first, self.cfg.steps, self.cfg.workers, pin),
                          self.first)
 
@@ -1182,6 +1128,7 @@ class Run:
         return to_float(images, self.device)
 
     def count_broken(self, broken: list[tuple[int, str]]):
+        """Names each picture once. Raises UserError when they are more than --max-broken."""
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = f"{self.folder.images[index]!r}: {reason}"
@@ -1193,36 +1140,37 @@ class Run:
     # -- steps
 
     def start(self, checkpoint: dict | None, held_out: tuple[str, ...], look, parts):
-        """Opens out/<stage>.csv, cut back to the checkpoint's step, and the progress bar.
-
-        For after_step: look(path) returns the held-out losses, and draws the preview where there is
-        a path; parts() is what the checkpoint holds of this stage.
-        """
+        """Opens out/<stage>.csv, cut back to the checkpoint's step, and the progress bar. For
+        after_step: look(path) returns the held-out losses, and draws the preview where there is a
+        path; parts() is what the checkpoint holds of this stage."""
         self.look, self.checkpoint_parts, self.first = look, parts, 0
         self.columns = ("step", "learning_rate", *self.terms, *(f"held_out_{n}" for n in held_out))
         if checkpoint:
             with reading(self.out / f"{self.stage}.pt"):
-                self.first = checkpoint["step"]
+                self.first = checkpoint["step"]        # terms since the last row of the log:
                 pending = checkpoint["pending"].float().view(-1, len(self.terms))
                 self.pending = list(pending.to(self.device))
         if self.main:
             self._open_log()
-        self.stepping = True
+        self.stepping = True                           # from here on a signal waits for the step
 
     def _open_log(self):
         path, kept = self.out / f"{self.stage}.csv", []
-        if path.exists() and self.first:
+        if path.exists() and self.first:               # a killed run may have logged further
             with reading(path, "Move it away; the run needs no old rows."), open(
                     path, newline="", encoding="utf-8") as lines:
                 kept = [row for row in csv.DictReader(lines) if (row["step"] or "").isdigit()
                         and int(row["step"]) <= self.first and None not in row.values()]
         with atomic(path) as partial, open(partial, "w", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, self.columns, restval="", extrasaction="ignore",
-                                    lineterminator="\n")
+            writer = self._writer(lines)
             writer.writeheader()
             writer.writerows(kept)
         self.csv = self.open.enter_context(open(path, "a", newline="", encoding="utf-8"))
         self.bar = self.open.enter_context(progress(self.cfg.steps, self.stage, self.first))
+
+    def _writer(self, lines):
+        return csv.DictWriter(lines, self.columns, restval="", extrasaction="ignore",
+                              lineterminator="\n")
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int):
         """A warm-up from peak / warmup, then a cosine; a group may have a `scale` of its own."""
@@ -1249,7 +1197,7 @@ class Run:
             self.log(done)
         if done % cfg.save_every == 0 or last or stopping:
             self.save(done)
-        if stopping or last and self.stopping(0):      # all ranks agree
+        if stopping or last and self.stopping(0):      # a signal during that save; all ranks agree
             self.say(f"saved at step {done:,} of {cfg.steps:,}: {self.out / self.stage}.pt. The "
                      f"same command resumes there")
             raise Stopped(self.stop)
@@ -1268,48 +1216,40 @@ class Run:
         if self.world > 1:
             torch.distributed.all_reduce(values)
             values /= self.world
-        values = values.cpu()
+        values = values.cpu()                          # here, and only here, the device is awaited
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             row, last = bad[0, 0].item(), self.out / f"{self.stage}.pt"
             terms = ", ".join(f"{name} is {value}"
                               for name, value in zip(self.terms, values[row].tolist())
                               if not math.isfinite(value))
-            again = "run again with --fresh and a lower learning rate"
             raise UserError(f"{terms} at step {step - len(values) + row + 1}, learning rate "
-                            f"{self.rate:.3g}. The last good checkpoint is "
-                            f"{f'{last}; {again}' if last.exists() else 'none'}.")
+                            f"{self.rate:.3g}. Run again with --fresh and a lower --learning-rate; "
+                            f"the last good checkpoint is {last if last.exists() else 'none'}.")
         return values
 
     def log(self, step: int, picture: Path | None = None):
         """Writes the mean of the terms since the last log as a row of the CSV and into the bar.
-
-        With a picture's path held-out losses are taken, and rank 0 draws the preview.
-        """
-        values = self.examine(step).double().mean(0).tolist()
+        With a picture's path held-out losses are taken, and rank 0 draws the preview."""
+        terms = dict(zip(self.terms, self.examine(step).double().mean(0).tolist()))
         self.pending = []
         held_out = self.look(picture if self.main else None) if picture else {}
         if not self.main:
             return
-        row = {"step": step, "learning_rate": f"{self.rate:.6g}"}
-        row |= {name: f"{value:.6g}" for name, value in zip(self.terms, values)}
-        row |= {f"held_out_{name}": f"{value:.6g}" for name, value in held_out.items()}
-        csv.DictWriter(self.csv, self.columns, restval="", lineterminator="\n").writerow(row)
-        self.csv.flush()
-        shown = " ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
+        row = {"learning_rate": self.rate} | terms
+        row |= {f"held_out_{name}": value for name, value in held_out.items()}
+        self._writer(self.csv).writerow({"step": step} | {n: f"{v:.6g}" for n, v in row.items()})
+        self.csv.flush()                               # to be followed while it runs
+        shown = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
         self.bar.set_postfix_str(shown, refresh=False)
 
     def save(self, step: int):
         """Writes out/<stage>.pt after examining every loss so far; only rank 0 writes."""
         pending = self.examine(step)
         if self.main:
-            os.fsync(self.csv.fileno())
+            os.fsync(self.csv.fileno())                # the log never lags behind the checkpoint
             save(self.out / f"{self.stage}.pt", self.stage, self.cfg, step=step, seed=self.cfg.seed,
                  pending=pending, data=self.data, **self.checkpoint_parts())
-
-    def say(self, text: str):
-        if self.main:
-            tqdm.write(printable(text))
 
     # -- how it ends
 
@@ -1318,7 +1258,7 @@ class Run:
         if self.world > 1 and step % 10 == 0:
             flag = torch.tensor([float(self.stop)], device=self.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.stop = int(flag.item())
+            self.stop = int(flag.item())               # the largest number: 0 is no signal
         return bool(self.stop) and (self.world == 1 or step % 10 == 0)
 
     def _signal(self, number, _):
@@ -1328,28 +1268,13 @@ class Run:
         print(f"\n{signal.Signals(number).name}: saving at the end of this step", file=sys.stderr,
               flush=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.open.close()
-
 
 def torchrun() -> tuple[int, int, int]:
     """Rank, number of processes, rank on this machine: as torchrun says, or 0, 1, 0 without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [os.environ.get(name) for name in names]
-    if not any(given):
+    if not {*names, "MASTER_ADDR"} <= os.environ.keys():               # half of it is of others
         return 0, 1, 0
-    try:
-        rank, world, local = map(int, given)
-        if not 0 <= rank < world or world > 1 and "MASTER_ADDR" not in os.environ:
-            raise ValueError
-        return rank, world, local
-    except (TypeError, ValueError):
-        said = ", ".join(f"{name}={value}" for name, value in zip(names, given))
-        raise UserError(f"{said}: half of an environment of torchrun. Start with torchrun, or "
-                        f"unset these variables.")
+    return tuple(int(os.environ[name]) for name in names)
 
 
 @contextlib.contextmanager
@@ -1382,11 +1307,12 @@ def progress(total: int, what: str, first: int = 0) -> tqdm:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; --device cpu works everywhere.")
-    if name == "cuda":
-        torch.cuda.set_device(local_rank)
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    torch.cuda.set_device(local_rank)                  # what is allocated by default goes there
+    return torch.device("cuda", local_rank)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -1398,7 +1324,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     """Linear warm-up over `warmup` steps, then a cosine to a hundredth of the peak at the last."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)                # 0 to 1
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -1420,14 +1346,16 @@ def flag(name: str) -> str:
 
 
 def command(script: str, **flags) -> str:
-    """A command to paste; flags at their usual value (out, and nothing else) are left out."""
-    words = [word for name, value in flags.items() if (name, str(value)) not in (
-        ("out", "out"), ("model", "out")) for word in (flag(name), str(value))]
+    """A command to paste; out and model are left out where they are "out", as they are by
+    default."""
+    words = [word for name, value in flags.items()
+             if name not in ("out", "model") or str(value) != "out"
+             for word in (flag(name), str(value))]
     return " ".join(["python", script, *map(shlex.quote, map(printable, words))])
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message):                          # in one line, without the usage
         raise UserError(f"{message}. `python {self.prog} --help` lists every flag.")
 
 
@@ -1438,20 +1366,17 @@ def read_flags(Config, argv: list[str] | None, description: str,
                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        kind = f.type
         defaults = [f"{f.default}", *(f"{name}: {preset[f.name]}"
                                       for name, preset in presets.items() if f.name in preset)]
         text = f"{help_of.get(f.name, '')} [{'; '.join(defaults)}]".replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
-        elif kind == tuple[int, ...]:
-            parser.add_argument(flag(f.name), type=lambda s: tuple(map(int, s.split(","))),
-                                metavar="N,N,…", help=text)
-        elif kind == tuple[str, ...]:
-            parser.add_argument(flag(f.name), action="extend", nargs="+", help=text)
-        else:
-            parser.add_argument(flag(f.name), type=kind, metavar=kind.__name__.upper(), help=text)
-    typed = vars(parser.parse_args(argv))
+        settings = (
+            dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+            dict(type=lambda s: tuple(map(int, s.split(","))), metavar="N,N,…")
+            if f.type == tuple[int, ...] else
+            dict(action="extend", nargs="+") if f.type == tuple[str, ...] else
+            dict(type=f.type, metavar=f.type.__name__.upper()))
+        parser.add_argument(flag(f.name), help=text, **settings)
+    typed = vars(parser.parse_args(argv))              # SUPPRESS: only what was typed
     for name in ("data", "encoder", "text_encoder"):   # understood from any folder, later on
         typed |= {name: absolute(typed[name])} if name in typed else {}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in typed.items()}
@@ -1459,17 +1384,15 @@ def read_flags(Config, argv: list[str] | None, description: str,
 
 def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | None = None,
               saved: dict | None = None, strict: bool = True):
-    """The Config of a run: typed over inherited over preset over defaults; or the saved one.
-
-    Raises UserError where a typed value contradicts the checkpoint, unless the flag is in
-    MAY_CHANGE, or nothing is to be trained (strict=False) and the flag not in MADE_FOR. --out is
-    never taken from the checkpoint: it may have been moved.
-    """
+    """The Config of a run: typed over inherited over preset over defaults; or the saved one. Raises
+    UserError where a typed value contradicts the checkpoint, unless the flag is in MAY_CHANGE, or
+    nothing is to be trained (strict=False) and the flag not in MADE_FOR. --out is never taken from
+    the checkpoint: it may have been moved."""
     if saved is not None:
         with reading(Path("the checkpoint's configuration")):
             saved = {f.name: _typed(f, saved[f.name]) for f in fields(Config)
                      if f.name in saved and f.name != "out"}
-            Config(**saved)
+            Config(**saved)                            # its values, within their ranges?
         for name, value in typed.items():
             fixed = name not in MAY_CHANGE if strict else name in MADE_FOR
             if fixed and name in saved and saved[name] != value:
@@ -1482,13 +1405,13 @@ def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | N
     if preset not in presets:
         raise UserError(f"--preset {preset}: allowed are {', '.join(presets)}.")
     if "preset" not in values and preset == "full" and not torch.cuda.is_available():
-        print("no CUDA device: the full preset (DINOv2-L at 256 px) takes weeks on a CPU; "
-              "--preset tiny takes hours", flush=True)
-    return Config(**presets[preset] | values | {"preset": preset})
+        say("no CUDA device: the full preset (DINOv2-L at 256 px) takes weeks on a CPU; "
+            "--preset tiny takes hours")
+    return Config(**presets[preset] | values | {"preset": preset})     # the last one wins
 
 
 def _typed(f, value):
-    value = tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value         # saved as a list, see plain
     kind = tuple if typing.get_origin(f.type) else (int, float) if f.type is float else f.type
     if not isinstance(value, kind):
         raise ValueError(f"{flag(f.name)} is {value!r:.60}")
@@ -1502,10 +1425,9 @@ def check(cfg, **ranges: tuple[float, float]):
         value = getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else (value,):
             if isinstance(v, (int, float)) and not isinstance(v, bool):
-                least = int(isinstance(v, int) and f.default != 0 and f.name not in MAY_BE_0
-                            and f.type is int)
+                least = int(f.type is int and f.default != 0 and f.name not in MAY_BE_0)
                 low, high = ranges.get(f.name, (least, 2**63 - 1))
-                if not low <= v <= high:
+                if not low <= v <= high:               # NaN is in no range
                     top = f" to {high:g}" if f.name in ranges else " or more"
                     raise UserError(f"{flag(f.name)} {value}: allowed is {low:g}{top}.")
 
@@ -1533,8 +1455,8 @@ def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
         say(f"{path} is finished: {step:,} steps. A larger --steps resumes, --fresh starts over.")
         return True
     decay = f"; --steps was {before:,}, the decay of the learning rate follows"
-    decay *= before != cfg.steps
-    say(f"{path}: resuming from step {step:,} of {cfg.steps:,}{decay}")
+    say(f"{path}: resuming from step {step:,} of {cfg.steps:,}"
+        f"{decay if before != cfg.steps else ''}")
     return False
 
 
@@ -1573,37 +1495,37 @@ def program(main):
             if not isinstance(interrupt, Stopped):
                 print("stopped before anything more was saved", file=sys.stderr, flush=True)
             return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-        except (UserError, OSError, MemoryError, RuntimeError) as error:
-            line = _one_line(error)
-            if not line:
-                raise
+        except Exception as error:
+            if not (line := _one_line(error)):
+                raise                                  # a fault of ours: with its traceback
             print(f"error: {line}", file=sys.stderr, flush=True)
             return 2
         finally:
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError):           # a caller's own thread
                 for number, handler in handlers:
                     signal.signal(number, handler)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapped
 
 
 def _one_line(error: Exception) -> str:
     """What a person is told of an error that is not the program's own; "" for all others."""
-    text = str(error)
+    text, first = str(error), _first_line(error)
+    if re.search("DataLoader (worker|timed out)", text):               # torch adds its traceback
+        why = printable(text.strip().splitlines()[-1])[:200]
+        return (f"a process that loads data has failed ({why}). It may lack memory, room in "
+                f"/dev/shm, or file handles: --workers 0 does without such processes.")
     if isinstance(error, UserError):
         return text
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in text:
-        return (f"the memory is full ({_first_line(error)}). A smaller --batch, more "
-                f"--micro-batches, --checkpointing or a smaller model make it fit.")
+        return (f"the memory is full ({first}). A smaller --batch, more --micro-batches, "
+                f"--checkpointing or a smaller model make it fit.")
     if isinstance(error, OSError):                     # a full disk, no permission, no disk
-        return _first_line(error)
-    if "DataLoader worker" in text:                    # torch tells of a dead one at any line
-        return str(worker_error(error))
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if ranks and re.search("peer|gloo|NCCL|[Tt]imed out", text):
-        return (f"another process of this run has ended ({_first_line(error)}). The same command "
-                f"resumes from the last checkpoint.")
+        return first
+    if torch.distributed.is_initialized() and re.search("peer|gloo|NCCL|[Tt]imed out", text):
+        return (f"another process of this run has ended ({first}). The same command resumes from "
+                f"the last checkpoint.")
     return ""
 
 
@@ -1611,13 +1533,14 @@ def _one_line(error: Exception) -> str:
 # 7 Pictures for people
 # --------------------------------------------------------------------------------------------------
 
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc")
+# The first that a system has is taken: those with more alphabets stand before the others
+FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msgothic.ttc", "DejaVuSans.ttf")
 WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """Images (..., 3, H, W) in [-1, 1] -> uint8 (..., H, W, 3)."""
-    x = (x.detach().float().clamp(-1, 1) + 1) * 127.5
+    x = (x.detach().float().clamp(-1, 1) + 1) * 127.5  # no wrap-around at 256
     return x.round().byte().movedim(-3, -1).cpu().numpy()
 
 
@@ -1633,7 +1556,7 @@ def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
     for one in maps:
         colours = ((one.detach().double().cpu() - mean) @ axes.T - low) / (high - low + 1e-9)
         pixels = (colours.clamp(0, 1) * 255).round().byte()
-        for side in (1, 2):
+        for side in (1, 2):                            # each cell a square, not blurred
             pixels = pixels.repeat_interleave(max(1, size // one.shape[side]), side)
         out.append(pixels.numpy())
     return out
@@ -1642,60 +1565,34 @@ def pca_colours(*maps: torch.Tensor, size: int = 64) -> list[np.ndarray]:
 def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
          heads: list[str] | None = None, gap: int = 4, least: int = 96) -> Image.Image:
     """Rows of uint8 pictures on white, captions under them; small ones are enlarged to `least`."""
-    scale = max(1, -(-least // rows[0][0].shape[0]))
+    scale = max(1, -(-least // rows[0][0].shape[0]))   # whole pixels: nothing is blurred
     width = max(picture.shape[1] for row in rows for picture in row) * scale
     height = max(picture.shape[0] for row in rows for picture in row) * scale
-    cells = [[_wrap(text, width) for text in row] for row in captions or [[]] * len(rows)]
+    wrap = lambda text: textwrap.wrap(text, width // 6, max_lines=4)   # a letter is 6 px wide
+    cells = [[wrap(text) for text in row] for row in captions or [[]] * len(rows)]
     tails = [13 * max(map(len, row), default=0) + 3 * bool(captions) for row in cells]
     y = gap + 16 * bool(heads)
     sheet = Image.new("RGB", (max(map(len, rows)) * (width + gap) + gap,
                               y + sum(height + gap + tail for tail in tails)), "white")
     pen, x = ImageDraw.Draw(sheet), lambda i: gap + i * (width + gap)
     for i, text in enumerate(heads or []):
-        pen.text((x(i), 2), *_drawable(text))
+        pen.text((x(i), 2), text, "black", _font())
     for row, texts, tail in zip(rows, cells, tails):
         for i, picture in enumerate(row):
             sheet.paste(Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)), (x(i), y))
         for i, lines in enumerate(texts):
             for j, line in enumerate(lines):
-                pen.text((x(i), y + height + 2 + 13 * j), *line)
+                pen.text((x(i), y + height + 2 + 13 * j), line, "black", _font())
         y += height + gap + tail
     return sheet
 
 
-def _wrap(text: str, width: int, most: int = 4) -> list[tuple]:
-    text, *ink = _drawable(" ".join(text.split())[:400])
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if ink[1].getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = lines[:most - 1] + [lines[most - 1] + " ..."]
-    return [(line, *ink) for line in lines]
-
-
 @functools.cache
-def _fonts() -> list:
-    """Those of FONTS that this system has, each with its picture of a letter that it lacks."""
-    fonts = []
+def _font():
     for name in FONTS:
         with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, 11))
-    return [(font, bytes(font.getmask("\uffff"))) for font in fonts or [ImageFont.load_default(11)]]
-
-
-def _drawable(text: str) -> tuple[str, str, ImageFont.ImageFont]:
-    """What a pen draws: text, colour, and the font that has most of its letters. What even that
-    lacks loses its accents, or becomes a question mark."""
-    lacking = [{c for c in set(text) - {" "} if bytes(font.getmask(c)) == missing}
-               for font, missing in _fonts()]
-    best = min(range(len(lacking)), key=lambda i: len(lacking[i]))
-    plain = {c: unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?"
-             for c in lacking[best]}
-    return "".join(plain.get(c, c) for c in text), "black", _fonts()[best][0]
+            return ImageFont.truetype(name, 11)
+    return ImageFont.load_default(11)
 
 
 def check_picture_path(path: Path) -> str:
@@ -1754,21 +1651,20 @@ def shard_path(folder: Path, number: int, kind: str = "") -> Path:
 
 
 def save_array(path: Path, array: np.ndarray):
-    with atomic(path) as partial, open(partial, "wb") as file:
+    with atomic(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
         np.save(file, array)
 
 
 class Latents(torch.utils.data.Dataset):
-    """out/latents/ and out/text/ as rows; a key is (row, drop_text, drop_source).
-
-    A shard is (n, 2, h, w, z_dim) float16: mu and log_var; (…, 1, …) with --latents mu. A
-    batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu
-    of the sources or None; L is padded to a multiple of 16. Rows of a batch agree in drop_source.
-    """
+    """out/latents/ and out/text/ as rows; a key is (row, drop_text, drop_source). A shard is (n, 2,
+    h, w, z_dim) float16: mu and log_var; (…, 1, …) with --latents mu. A batch is (mu, log_var, c,
+    mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu of the sources or None; L
+    is padded to a multiple of 16. Rows of a batch agree in drop_source."""
 
     def __init__(self, folder: Path, rows: list[dict], texts: "Texts"):
         self.shards, self.texts, self.kinds = Shards(folder), texts, {}
         self.example = rows[0]["text"] if rows else ""
+        # Arrays, not lists of dicts: workers would copy those, object by object
         self.image = np.array([row["image"] for row in rows])
         self.source = np.array([row.get("source", -1) for row in rows])
         self.text = np.array([texts.index[row["text"]] for row in rows])
@@ -1792,9 +1688,9 @@ class Latents(torch.utils.data.Dataset):
 
     def collate(self, items):
         mu, log_var, texts, sources = zip(*items)
-        length = -(-max(map(len, texts)) // 16) * 16
+        length = -(-max(map(len, texts)) // 16) * 16   # few lengths: few shapes to compile for
         c = torch.zeros(len(items), length, texts[0].shape[1])
-        mask = torch.zeros(len(items), length, dtype=torch.bool)
+        mask = torch.zeros(len(items), length, dtype=torch.bool)       # False at padding
         for i, text in enumerate(texts):
             c[i, :len(text)], mask[i, :len(text)] = text, True
         source = torch.stack(sources) if sources[0] is not None else None
@@ -1803,24 +1699,21 @@ class Latents(torch.utils.data.Dataset):
 
 def read_meta(folder: Path) -> dict:
     """meta.json of out/latents/. Raises UserError."""
-    make = command("psvae.py", out=folder.parent)
     if not (folder / "meta.json").is_file():
-        raise UserError(f"{folder} is not there; first run: {make} (it writes latents at its end).")
-    with reading(folder, f"Write the latents again: {make} --encode-only"):
+        raise UserError(f"{folder} is not there; first run: "
+                        f"{command('psvae.py', out=folder.parent)} (it writes latents at its end).")
+    with _reading_latents(folder):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != LATENTS:
             raise ValueError(f"format {meta['format']}; needed: {LATENTS}")
-        variance = np.array(meta["variance"], dtype=np.float64)
-        if not (np.isfinite(meta["mean"]).all() and (variance > 0).all()
-                and len(variance) == len(meta["mean"]) == meta["z_dim"]):
+        if not len(meta["mean"]) == len(meta["variance"]) == meta["z_dim"]:
             raise ValueError("no statistics of the channels")
         return meta
 
 
 def read_rows(folder: Path, meta: dict) -> list[dict]:
     """rows.jsonl of out/latents/, after a look at every shard. Raises UserError."""
-    make = command("psvae.py", out=folder.parent)
-    with reading(folder, f"Write the latents again: {make} --encode-only"):
+    with _reading_latents(folder):
         side = meta["grid"]
         shape = (1 + (meta["latents"] == "both"), side, side, meta["z_dim"])
         lengths = [len(Shards(folder)[i]) for i in range(-(-meta["pictures"] // SHARD))]
@@ -1828,11 +1721,15 @@ def read_rows(folder: Path, meta: dict) -> list[dict]:
             raise ValueError("meta.json and the shards do not fit")
         with open(folder / "rows.jsonl", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-        for row in rows:
-            places = (operator.index(row["image"]), operator.index(row.get("source", 0)))
-            if not (0 <= min(places) <= max(places) < meta["pictures"] and row["text"] + "!"):
-                raise ValueError("a row is of no picture")
+        places = range(meta["pictures"])
+        for row in rows:                               # each raises where it is of no picture
+            places[row["image"]], places[row.get("source", 0)], row["text"] + ""
         return rows
+
+
+def _reading_latents(folder: Path):
+    make = command("psvae.py", out=folder.parent)
+    return reading(folder, f"Write the latents again: {make} --encode-only")
 
 
 class Texts:
@@ -1849,7 +1746,7 @@ class Texts:
                 if self.blocks[number].shape != (lengths.sum(), self.dim) or lengths.min() < 1:
                     raise ValueError(f"block {number} and its lengths do not fit")
         self.index = {caption: i for i, caption in enumerate(captions)}
-        self.null = self.index[""]
+        self.null = self.index[""]                     # the condition of an unconditional pass
 
     def __getitem__(self, i: int) -> torch.Tensor:
         block, at = divmod(int(i), BLOCK)
@@ -1860,7 +1757,7 @@ class Texts:
         """Mean (d_text,) of the tokens and the map (d_text, d_text) that gives them covariance I
         (PCA), from `most` of them; directions that hardly vary are not blown up."""
         starts = np.concatenate([[0], np.cumsum([ends[-1] for ends in self.ends])])
-        every = max(1, starts[-1] // most)
+        every = max(1, starts[-1] // most)             # of all blocks alike
         tokens = np.concatenate([self.blocks[n][-start % every::every]
                                  for n, start in enumerate(starts[:-1])]).astype(np.float64)
         mean = tokens.mean(0)
@@ -1870,37 +1767,41 @@ class Texts:
 
 
 def write_texts(final: Path, mark: dict, captions: list[str], encoder: TextEncoder, embed):
-    """Embeds captions block by block into a folder; a block that is there is done.
-
-    embed(captions) -> (B, L, d_text) and its mask (B, L).
-    """
+    """Embeds captions block by block into a folder; a block that is there is done. embed(captions)
+    -> (B, L, d_text) and its mask (B, L)."""
     work, cut = unfinished(final, mark), 0
     with progress(len(captions), "texts") as bar:
         for number in range(-(-len(captions) // BLOCK)):
             block = captions[number * BLOCK:(number + 1) * BLOCK]
-            if not shard_path(work, number).exists():
-                lengths = encoder.lengths(block)
-                cut += sum(n > encoder.max_tokens for n in lengths)
-                lengths = [min(n, encoder.max_tokens) for n in lengths]
-                if number == 0:
-                    size = 2 * sum(lengths) * encoder.dim * len(captions) // len(block)
-                    free_space(work, size, f"embeddings of {len(captions):,} captions, about")
-                tokens = [None] * len(block)
-                by_length = sorted(range(len(block)), key=lengths.__getitem__)  # little padding
-                for start in range(0, len(block), 256):
-                    part = by_length[start:start + 256]
-                    c, mask = embed([block[i] for i in part])
-                    for i, own, keep in zip(part, c.half().cpu().numpy(), mask.cpu().numpy()):
-                        tokens[i] = own[keep]
-                    bar.update(len(part))
-                save_array(shard_path(work, number, ".lengths"), np.array(list(map(len, tokens))))
-                save_array(shard_path(work, number), np.concatenate(tokens))
-            else:
+            if shard_path(work, number).exists():
                 bar.update(len(block))
+                continue
+            lengths = encoder.lengths(block)
+            cut += sum(n > encoder.max_tokens for n in lengths)
+            if number == 0:                            # of its length the others are, too
+                size = 2 * sum(min(n, encoder.max_tokens) for n in lengths) * encoder.dim
+                free_space(work, size * len(captions) // len(block),
+                           f"embeddings of {len(captions):,} captions, about")
+            tokens = [None] * len(block)
+            by_length = sorted(range(len(block)), key=lengths.__getitem__)  # little padding
+            for start in range(0, len(block), 256):
+                part = by_length[start:start + 256]
+                c, mask = embed([block[i] for i in part])
+                for i, own, keep in zip(part, c.half().cpu().numpy(), mask.cpu().numpy()):
+                    tokens[i] = own[keep]
+                bar.update(len(part))
+            # The block last: where it is, its lengths are there as well
+            save_array(shard_path(work, number, ".lengths"), np.array(list(map(len, tokens))))
+            save_array(shard_path(work, number), np.concatenate(tokens))
     if cut:
-        tqdm.write(f"{cut:,} captions are longer than {encoder.max_tokens} tokens and were cut "
-                   f"(--max-tokens)")
+        say(f"{cut:,} captions are longer than {encoder.max_tokens} tokens and were cut "
+            f"(--max-tokens)")
     finish(work, final, mark | {"fingerprint": encoder.fingerprint(), "d_text": encoder.dim})
+
+
+# --------------------------------------------------------------------------------------------------
+# A look at a folder: python data.py
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1918,19 +1819,18 @@ class Config:
 @program
 def main(argv: list[str] | None = None):
     cfg = Config(**read_flags(Config, argv, __doc__))
-    begin = time.monotonic()
     train, held_out = read_folder(cfg.data, None, cfg.out, cfg.count)
-    print(f"{train.root}: layout {train.layout}, read in {time.monotonic() - begin:.1f} s")
+    print(f"{train.root}: layout {train.layout}")
     for name, part in (("training", train), ("held out", held_out)):
-        edits = sum(row[2] >= 0 for row in part.rows)
+        edits = sum(source >= 0 for _, _, source in part.rows)
         print(f"  {name:9s} {part.own:8,} pictures, {len(part.rows) - edits:8,} captions, "
               f"{edits:8,} edits")
-    texts = [row[1] for row in train.rows]
-    lengths = [len(text) for text in texts] or [0]
-    print(f"  captions: {len(set(texts)):,} distinct, {sum(lengths) / len(lengths):.0f} characters "
-          f"on average, the longest {max(lengths):,}")
+    lengths = [len(text) for text in {text for _, text, _ in train.rows}] or [0]
+    print(f"  captions: {len(lengths):,} distinct, of {np.mean(lengths):.0f} characters on average "
+          f"and {max(lengths):,} at most")
+
     begin, broken, sizes = time.monotonic(), [], []
-    parts = [held_out, train][held_out is train:]
+    parts = [train] if held_out is train else [held_out, train]
     every = [(part, index) for part in parts for index in range(part.own)]
     for part, index in every:
         try:
@@ -1949,13 +1849,14 @@ def main(argv: list[str] | None = None):
     say(f"  broken or skipped: {len(train.skipped + broken)}")
     for line in train.skipped + broken:
         say(f"    {line}")
-    cells = []
-    for number in order(0, "sheet", len(texts), min(100, len(texts)), 0) if texts else ():
+
+    count, cells = len(train.rows), []
+    for number in order(0, "sheet", count, min(24, count), 0) if count else ():
         image, text, _ = train.rows[number]
         with contextlib.suppress(Exception):           # broken, and named above
             cells.append((Pictures(train, 128).read(image), text))
-    rows = [list(zip(*cells[i:i + 6])) for i in range(0, min(24, len(cells)), 6)]
-    if rows:
+    if cells:
+        rows = [list(zip(*cells[i:i + 6])) for i in range(0, len(cells), 6)]
         save_png(grid(*map(list, zip(*rows))), Path(cfg.out) / "data.png")
         print(f"  contact sheet: {Path(cfg.out) / 'data.png'}")
     accept(cfg.data, train, held_out, cfg.max_broken)  # what training will say

@@ -16,9 +16,14 @@ when they leave the loader and float in [-1, 1] from then on; features and laten
 (B, h, w, channels), as the guide writes them.
 """
 
+import contextlib
+import signal
+
+with contextlib.suppress(ValueError):                  # Ctrl-C while libraries load: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast                                             # lists that Python printed into a table
-import contextlib
 import csv
 import errno
 import functools
@@ -34,7 +39,6 @@ import posixpath                                       # names have "/" on Windo
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import time
@@ -53,6 +57,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
+
+with contextlib.suppress(ValueError):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).resolve().parent                 # the clone, wherever the command is typed
 FORMAT = 1                     # of checkpoints; another number is refused, never guessed at
@@ -477,10 +484,10 @@ def square(image: Image.Image, size: int, rng: np.random.Generator | None = None
 
 def user_image(name: str, size: int) -> np.ndarray:
     """A picture that a person named, cropped: uint8 (size, size, 3). Raises UserError."""
+    if not Path(name).is_file():
+        raise UserError(f"{printable(name)}: no such file.")
     try:
         image = open_image(name)
-    except FileNotFoundError:
-        raise UserError(f"{printable(name)}: no such file.")
     except Exception as error:                         # decoders raise nearly anything on rubbish
         raise UserError(f"{printable(name)} cannot be read as an image ({_first_line(error)}).")
     if image.width != image.height:
@@ -1568,7 +1575,7 @@ def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
     scale = max(1, -(-least // rows[0][0].shape[0]))   # whole pixels: nothing is blurred
     width = max(picture.shape[1] for row in rows for picture in row) * scale
     height = max(picture.shape[0] for row in rows for picture in row) * scale
-    wrap = lambda text: textwrap.wrap(text, width // 6, max_lines=4)   # a letter is 6 px wide
+    wrap = lambda text: textwrap.wrap(_drawable(text), width // 6, max_lines=4)    # of 6 px each
     cells = [[wrap(text) for text in row] for row in captions or [[]] * len(rows)]
     tails = [13 * max(map(len, row), default=0) + 3 * bool(captions) for row in cells]
     y = gap + 16 * bool(heads)
@@ -1576,7 +1583,7 @@ def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
                               y + sum(height + gap + tail for tail in tails)), "white")
     pen, x = ImageDraw.Draw(sheet), lambda i: gap + i * (width + gap)
     for i, text in enumerate(heads or []):
-        pen.text((x(i), 2), text, "black", _font())
+        pen.text((x(i), 2), _drawable(text), "black", _font())
     for row, texts, tail in zip(rows, cells, tails):
         for i, picture in enumerate(row):
             sheet.paste(Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)), (x(i), y))
@@ -1593,6 +1600,13 @@ def _font():
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, 11)
     return ImageFont.load_default(11)
+
+
+def _drawable(text: str) -> str:
+    """The text without letters that the font lacks: they lose their accents or become "?"."""
+    box = bytes(_font().getmask("\uffff"))             # drawn in place of every such letter
+    plain = lambda c: unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?"
+    return "".join(plain(c) if c != " " and bytes(_font().getmask(c)) == box else c for c in text)
 
 
 def check_picture_path(path: Path) -> str:

@@ -1472,6 +1472,14 @@ def test_nothing_but_a_file_is_written_over_and_a_link_stays_one(tmp_path):
     assert (tmp_path / "to.png").is_symlink() and Image.open(tmp_path / "there.png").size == (9, 9)
 
 
+def test_letters_of_captions_are_drawn_or_replaced_never_boxes(monkeypatch):
+    assert data._drawable("a \U0010ffff") == "a ?"
+    monkeypatch.setattr(data, "FONTS", ())             # a system without fonts
+    data._font.cache_clear()
+    assert data._drawable("é 画") == "e ?"
+    data._font.cache_clear()
+
+
 # --- Pretrained networks --------------------------------------------------------------------------
 
 
@@ -3303,6 +3311,14 @@ FIRE = {"kill": "a run killed at a random moment, and at every rename, ends as i
 @pytest.mark.parametrize("section", FIRE, ids=lambda section: FIRE[section])
 def test_under_fire(section, fire):
     assert fire[section] == "held"
+
+
+def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path):
+    stub = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    (tmp_path / "filelock.py").write_text(stub)        # loads before the real one
+    done = subprocess.run([sys.executable, HERE / "data.py"], capture_output=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1279,9 +1279,18 @@ class Run:
 def torchrun() -> tuple[int, int, int]:
     """Rank, number of processes, rank on this machine: as torchrun says, or 0, 1, 0 without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not {*names, "MASTER_ADDR"} <= os.environ.keys():               # half of it is of others
+    given = [os.environ.get(name) for name in names]
+    if not any(given):
         return 0, 1, 0
-    return tuple(int(os.environ[name]) for name in names)
+    try:
+        rank, world, local = map(int, given)
+        if not 0 <= rank < world or world > 1 and "MASTER_ADDR" not in os.environ:
+            raise ValueError
+        return rank, world, local
+    except (TypeError, ValueError):
+        said = ", ".join(f"{name}={value}" for name, value in zip(names, given))
+        raise UserError(f"{said}: half of an environment of torchrun. Start with torchrun, or "
+                        f"unset these variables.")
 
 
 @contextlib.contextmanager

@@ -1404,6 +1404,14 @@ def test_hostile_rows_are_counted_and_named_and_none_leaves_the_folder(tmp_path,
     assert all(text.encode("utf-8") is not None for _, text, _ in train.rows)    # can be written
 
 
+def test_pipes_do_not_hang_a_run(tmp_path):
+    picture(tmp_path / "a.png"), (tmp_path / "link.png").symlink_to("pipe")
+    for name in ("pipe", "b.png", "a.txt", "metadata.csv"):
+        os.mkfifo(tmp_path / name)
+    train, _ = data.read_folder(str(tmp_path), max_broken=1)
+    assert train.images == ["a.png"] and len(train.skipped) == 5
+
+
 def test_a_file_name_that_is_no_unicode_gives_a_caption_that_can_be_written(tmp_path):
     picture(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/red\xff.png")
@@ -1741,6 +1749,17 @@ def test_a_hostile_or_damaged_checkpoint_is_refused_with_a_reason_and_left_alone
             and not (out / "executed").exists())
 
 
+def test_moments_of_stride_0_are_made_dense_before_the_optimizer_reads_them(copy):
+    models = []
+    for moment in (lambda m: torch.full_like(m, 1e-4), lambda m: torch.tensor(1e-4).expand(m.shape)):
+        out = copy("svae.pt", "svae.csv")
+        change = lambda moments: moments.update(exp_avg=moment(moments["exp_avg"]))
+        edited(lambda c: change(c["optimizer"]["state"][0]))(out / "svae.pt")
+        assert svae.main(["--out", str(out), "--steps", "9"]) == 0
+        models.append(state(out / "svae.pt")["model"])
+    assert equal(*models)
+
+
 def damaged(name, change):
     return lambda out, patch: edited(change)(out / name)
 
@@ -2071,6 +2090,19 @@ def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, enc
         assert (out / "old-1" / name).read_bytes() == (trained / name).read_bytes()
     old, new = state(out / "old-1" / f"{stage}.pt"), state(out / f"{stage}.pt")
     assert new["config"]["seed"] == 5 and not equal(old["model"], new["model"])
+
+
+def test_fresh_killed_half_way_still_has_the_old_run(copy, monkeypatch):
+    out, moved, replace = copy("svae.pt", "svae.csv", "svae.png"), [], os.replace
+
+    def killed(a, b):
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(Path(a).name), replace(a, b)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.set_aside(out, "svae.pt", "svae.csv", "svae.png")
+    assert (out / "svae.pt").exists() and sorted(os.listdir(out / "old-1")) == ["svae.csv", "svae.png"]
 
 
 TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),

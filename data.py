@@ -1679,10 +1679,12 @@ def save_array(path: Path, array: np.ndarray):
 
 
 class Latents(torch.utils.data.Dataset):
-    """out/latents/ and out/text/ as rows; a key is (row, drop_text, drop_source). A shard is (n, 2,
-    h, w, z_dim) float16: mu and log_var; (…, 1, …) with --latents mu. A batch is (mu, log_var, c,
-    mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu of the sources or None; L
-    is padded to a multiple of 16. Rows of a batch agree in drop_source."""
+    """out/latents/ and out/text/ as rows; a key is (row, drop_text, drop_source).
+
+    A shard is (n, 2, h, w, z_dim) float16, mu and log_var, or (n, 1, ...) with --latents mu. A
+    batch is (mu, log_var, c, mask, source): (B, h, w, z_dim) twice, (B, L, d_text), (B, L), and mu
+    of the sources or None; L is a multiple of 16. Rows of a batch agree in drop_source.
+    """
 
     def __init__(self, folder: Path, rows: list[dict], texts: "Texts"):
         self.shards, self.texts, self.kinds = Shards(folder), texts, {}

@@ -2,15 +2,11 @@
 
     python notes/claims/claims.py weak_pixels --seeds 0,1,2 --page          a CPU core
     python notes/claims/claims.py ladder --scale gpu --seeds 0,1,2 --page   one CUDA GPU
-    python notes/claims/claims.py kl --only 0 1e-2                          some variants of a row
 
     weak_pixels     Eq. 3: what a decoder gets back from frozen features, S-VAE, PS-VAE
     ladder          the guide's table "Latent Space Comparison" (the paper's Table 4)
-    off_manifold    Eq. 1 on pictures: how far from true features is what is drawn (not the toy)
     kl, channels    Eq. 11: sum or mean, and beta; 8 to 96 channels
     guide_vs_paper  rectified flow, transformer blocks, cosine
-    edits           one model for drawing and editing: what either costs the other
-    recipe          what made the tiny setting learn: each choice taken back
 
 Decoders are trained until their PSNR is flat. Killed, a row resumes; one row takes over what
 another has trained. A claim counts as measured where its best variant draws: 30 dB from the
@@ -28,38 +24,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 from notes import curves  # noqa: E402
-from notes.claims.lab import SCALES, Lab, Space, Study  # noqa: E402
+from notes.claims.lab import SCALES, Lab, Space  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 DECODES, DRAWS = 30, 0.7        # dB, share of prompts: below, a claim is not tested
-EDITS = 0.2                     # share of edit batches where there are any, as in the tiny preset
-PRESET = (Space(), Study())
 SPACES = {"Standard VAE": Space("vae"), "RAE": Space("rae", z_dim=0), "S-VAE": Space("svae"),
           "P-VAE": Space("pvae"), "PS-VAE": Space()}        # z_dim 0: as many as the features have
-only = lambda *names: {name: (SPACES[name], Study()) for name in names}
-CLAIMS = {
-    "weak_pixels": only("RAE", "S-VAE", "PS-VAE"),
-    "ladder": only(*SPACES),
-    "off_manifold": {**only("RAE"), "S-VAE, beta 0": (Space("svae", beta=0.0), Study()),
-                     **only("S-VAE", "PS-VAE")},
-    "kl": {"0": (Space(beta=0.0), Study()), "1e-4, mean": (Space(beta=1e-4 / 24), Study()),
-           **{f"{beta:g}": (Space(beta=beta), Study()) for beta in (1e-4, 1e-3, 3e-3, 1e-2)}},
-    "channels": {str(z_dim): (Space(z_dim=z_dim), Study()) for z_dim in (8, 16, 24, 48, 96)},
-    "guide_vs_paper": {"v": PRESET, "eps": (Space(), Study("eps")),
-                       "flow": (Space(), Study("flow")),
-                       "transformer": (Space(body="transformer"), Study()),
-                       "mse + cosine": (Space(semantic="mse and cosine"), Study())},
-    "edits": {"draws": PRESET, "draws and edits": (Space(), Study(edits=EDITS)),
-              "edits": (Space(), Study(edits=1.0))},
-    "recipe": {"preset": PRESET, "loose captions": (Space(), Study(captions="loose")),
-               "places from noise": (Space(), Study(places="noise")),
-               "text as it is": (Space(), Study(whiten=False)),
-               "off the lattice": (Space(lattice=False), Study()), "eps": (Space(), Study("eps"))},
+CLAIMS = {                      # {row: {variant: (latent space, what its DiT predicts)}}
+    "weak_pixels": {name: (SPACES[name], "v") for name in ("RAE", "S-VAE", "PS-VAE")},
+    "ladder": {name: (space, "v") for name, space in SPACES.items()},
+    "kl": {"0": (Space(beta=0.0), "v"), "1e-4, mean": (Space(beta=1e-4 / 24), "v"),
+           **{f"{beta:g}": (Space(beta=beta), "v") for beta in (1e-4, 1e-3, 3e-3, 1e-2)}},
+    "channels": {str(z_dim): (Space(z_dim=z_dim), "v") for z_dim in (8, 16, 24, 48, 96)},
+    "guide_vs_paper": {**{predict: (Space(), predict) for predict in ("v", "eps", "flow")},
+                       "transformer": (Space(body="transformer"), "v"),
+                       "mse + cosine": (Space(semantic="mse and cosine"), "v")},
 }
 # The same colour for the same latent space on every page.
 COLOURS = {"Standard VAE": "tab:gray", "RAE": "tab:red", "S-VAE": "tab:orange",
-           "P-VAE": "tab:green", "S-VAE, beta 0": "tab:brown",
-           **dict.fromkeys(("PS-VAE", "preset", "v", "draws", "24", "0.003"), "tab:blue")}
+           "P-VAE": "tab:green", **dict.fromkeys(("PS-VAE", "v", "24", "0.003"), "tab:blue")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,6 @@ class Config:
     scale: str = "cpu"                  # how big: cpu (one core), gpu, or quick (a test)
     quick: bool = False                 # the same as --scale quick
     seeds: tuple[int, ...] = (0,)       # of initialisation, order and noise
-    only: tuple[str, ...] = ()          # only these variants: to run several at once on one card
     out: str = "out/lab"                # trained parts and measurements, shared by all rows
     page: bool = False                  # tables and figure go into notes/claims/ too
     device: str = "auto"                # auto, cpu or cuda
@@ -117,35 +99,34 @@ def space_tables(found: dict[str, dict]) -> list[str]:
             table(["read from mu, %", *read, "nats a position", "sigma"], meaning)]
 
 
-def drawn_table(found: dict[str, dict], what: str) -> str:
+def drawn_table(found: dict[str, dict]) -> str:
     lines, facts = [], ("colour", "shape", "size", "place")
     for name, row in found.items():
-        if what in row:
-            marks = sorted((mark for mark in row[what][0] if mark.isdigit()), key=int)
-            at = lambda mark: [run[mark] for run in row[what]]
-            end = at(marks[-1])
-            lines.append([name, column(at("mu"), "right"),
-                          *(column(at(mark), "right") for mark in marks),
-                          *(column(end, part) for part in ("unreadable", *facts)),
-                          column(end, "fd", "{:.2f}", 1), column(end, "beside", "{:.3f}", 1),
-                          column(row[what], "seconds", "{:.0f}", 1 / 60)])
-    return table([f"{what}, right by the judge, %", "true ones",
+        marks = sorted((mark for mark in row["drawn"][0] if mark.isdigit()), key=int)
+        at = lambda mark: [run[mark] for run in row["drawn"]]
+        end = at(marks[-1])
+        lines.append([name, column(at("mu"), "right"),
+                      *(column(at(mark), "right") for mark in marks),
+                      *(column(end, part) for part in ("unreadable", *facts)),
+                      column(end, "fd", "{:.2f}", 1), column(end, "beside", "{:.3f}", 1),
+                      column(row["drawn"], "seconds", "{:.0f}", 1 / 60)])
+    return table(["drawn, right by the judge, %", "true ones",
                   *(f"step {mark}" for mark in marks), "unreadable", *facts, "FD", "beside",
                   "minutes"], lines)
 
 
-def paired(found: dict[str, dict], what: str) -> str:
+def paired(found: dict[str, dict]) -> str:
     """Of each variant less the first, paired by prompt and seed, with a 95 % interval over
     prompts."""
-    (first, base), *others = [(name, row[what]) for name, row in found.items() if what in row]
+    (first, base), *others = [(name, row["drawn"]) for name, row in found.items()]
     lines = []
     for name, runs in others:
         less = np.mean([np.subtract(last(a)["each"], last(b)["each"], dtype=float)
                         for a, b in zip(runs, base)], axis=0)
         half = 196 * less.std(ddof=1) / len(less) ** 0.5
         lines.append(f"{name} {100 * less.mean():+.1f} ± {half:.1f}")
-    return (f"{what}, points less than {first}, paired by prompt (± is a 95 % interval): "
-            + ", ".join(lines) + ".") if lines else ""
+    return (f"drawn, points less than {first}, paired by prompt (± is a 95 % interval): "
+            + ", ".join(lines) + ".")
 
 
 def verdict(found: dict[str, dict]) -> str:
@@ -159,9 +140,9 @@ def verdict(found: dict[str, dict]) -> str:
             + f" (wanted: {DECODES} dB, {DRAWS:.0%}).")
 
 
-def into_page(page: Path, text: str, mark="measured"):
+def into_page(page: Path, text: str):
     """Replaces what stands between the page's two marks."""
-    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->\n"
+    begin, end = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
     before, rest = page.read_text(encoding="utf-8").split(begin)
     page.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
     print(f"wrote {page}")
@@ -190,33 +171,29 @@ def lines(axis, found, points, **labels):
     axis.set(**labels)
 
 
-def figure(lab: Lab, claim: str, found: dict[str, dict], path: Path, count=8):
+def figure(lab: Lab, found: dict[str, dict], path: Path, count=8):
     """Decibels and prompts against steps; below, for eight held-out prompts, what each variant
     draws."""
     plt = pyplot()
     if plt is None:
         return
-    draws = {name: row for name, row in found.items() if "drawn" in row}
+    draws = all("drawn" in row for row in found.values())
     fig = plt.figure(figsize=(11, 3.6 + 0.9 * (len(found) + 1)), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=(3.6, 0.9 * (len(found) + 1)))
-    axes = above.subplots(1, 1 + bool(draws), squeeze=False)[0]
+    axes = above.subplots(1, 1 + draws, squeeze=False)[0]
     lines(axes[0], found, lambda row: [run["curve"] for run in row["pixels"]],
           xlabel="steps of stage 2", title="PSNR of reconstructions, dB")
     if draws:
-        lines(axes[1], draws, lambda row: [[(int(mark), 100 * run[mark]["right"]) for mark in run
+        lines(axes[1], found, lambda row: [[(int(mark), 100 * run[mark]["right"]) for mark in run
                                             if mark.isdigit()] for run in row["drawn"]],
               xlabel="steps of stage 3", title="prompts right by the judge, %", ylim=(0, 105))
-    rows, names = [], []
-    for name, row in found.items():
-        space, study = row["of"]
-        pictures = lab.world(space.lattice)
-        first = slice(pictures.test.start, pictures.test.start + count)
-        z = (lab.generate(space, study, count=count) if name in draws
+    first = slice(lab.pictures.test.start, lab.pictures.test.start + count)
+    rows, names = [list(data.to_uint8(lab.pictures.x(first)))], ["true", *found]
+    for row in found.values():
+        space, predict = row["of"]
+        z = (lab.generate(space, predict, count=count) if draws
              else lab.posterior(space, first)[0])
-        if not rows:
-            rows, names = [list(data.to_uint8(pictures.x(first)))], ["true"]
         rows.append(list(data.to_uint8(lab.decode(space, z))))
-        names.append(name)
     axis = below.subplots()
     axis.imshow(data.grid(rows))
     side = axis.images[0].get_array().shape[0] / len(rows)
@@ -226,20 +203,17 @@ def figure(lab: Lab, claim: str, found: dict[str, dict], path: Path, count=8):
 
 # --- A row ----------------------------------------------------------------------------------------
 
-def measure(lab: Lab, claim: str, variants: dict, seeds) -> dict[str, dict]:
-    """{variant: {"pixels", "meaning", "drawn", "edited": a dict for each seed, "of": (space,
-    study)}}"""
+def measure(lab: Lab, claim: str, seeds) -> dict[str, dict]:
+    """{variant: {"pixels", "meaning", "drawn": a dict for each seed, "of": (space, predict)}}"""
     found = {}
     for seed in seeds:          # one after the other: what is there is a whole table
-        for name, (space, study) in variants.items():
+        for name, (space, predict) in CLAIMS[claim].items():
             space = replace(space, seed=seed, z_dim=space.z_dim or lab.encoder.dim)
-            row = found.setdefault(name, {"pixels": [], "meaning": [], "of": (space, study)})
+            row = found.setdefault(name, {"pixels": [], "meaning": [], "of": (space, predict)})
             row["pixels"].append(lab.pixels(space))
             row["meaning"].append(lab.meaning(space))
-            if claim != "weak_pixels" and study.edits < 1:
-                row.setdefault("drawn", []).append(lab.drawn(space, study))
-            if study.edits:
-                row.setdefault("edited", []).append(lab.drawn(space, study, edit=True))
+            if claim != "weak_pixels":
+                row.setdefault("drawn", []).append(lab.drawn(space, predict))
     return found
 
 
@@ -254,24 +228,20 @@ def main(argv: list[str] | None = None):
         cfg = Config(**asdict(cfg) | {"scale": "quick", "quick": False})
     page = cfg.page and cfg.scale != "quick"
     lab = Lab(cfg.scale, cfg.out, cfg.device)
-    variants = {name: of for name, of in CLAIMS[claim].items() if not cfg.only or name in cfg.only}
-    found = measure(lab, claim, variants, cfg.seeds)
+    found = measure(lab, claim, cfg.seeds)
     where = torch.cuda.get_device_name() if lab.device.type == "cuda" else "one CPU core"
     parts = [verdict(found), *space_tables(found)]
-    for what in ("drawn", "edited"):
-        if any(what in row for row in found.values()):
-            parts += [drawn_table(found, what), paired(found, what)]
+    if claim != "weak_pixels":
+        parts += [drawn_table(found), paired(found)]
     parts.append(f"Seeds {', '.join(map(str, cfg.seeds))}; `--scale {cfg.scale}`: "
                  f"{lab.scale.pictures:,} pictures, {lab.scale.held_out} held out, "
                  f"{lab.scale.prompts} prompts; minutes are those of {where}, torch "
                  f"{torch.__version__}.")
-    text = "\n\n".join(filter(None, parts))
+    text = "\n\n".join(parts)
     print(text + "\n", flush=True)
-    mark = "pictures" if claim == "off_manifold" else "measured"    # that page holds the toy too
-    name = "off_manifold_pictures" if claim == "off_manifold" else claim
     if page:
-        into_page(HERE / f"{claim}.md", text, mark)
-    figure(lab, claim, found, HERE / f"{name}.png" if page else Path(cfg.out) / f"{name}.png")
+        into_page(HERE / f"{claim}.md", text)
+    figure(lab, found, HERE / f"{claim}.png" if page else Path(cfg.out) / f"{claim}.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ settings: run again, a row resumes where it stopped, and one row takes over what
 trained. Every random number of a step comes from (seed, part, step), as in the stages.
 
     lab = Lab(cfg)
-    lab.pixels(space), lab.meaning(space), lab.drawn(space, study)    # plain dicts
+    lab.pixels(space), lab.meaning(space), lab.drawn(space, predict)    # plain dicts
 """
 
 import copy
@@ -34,7 +34,7 @@ from notes.tiny import pretrain_tiny  # noqa: E402
 from notes.world import geneval, judge, world  # noqa: E402
 from sample import ddim, sampling_times  # noqa: E402
 
-VERSION = 4            # goes up when the same settings would train something else
+VERSION = 5            # goes up when the same settings would train something else
 SAVE_EVERY = 60        # seconds between checkpoints of a part
 T, BETAS, GRID = 1000, (1e-4, 0.02), 4
 FLAT = 0.1             # dB: a decoder is flat when its last three marks gain less than this
@@ -77,18 +77,7 @@ class Space:
     beta: float = 3e-3          # weight of Eq. 11, a sum over channels; for the mean: beta / z_dim
     body: str = "mlp"           # of projector and semantic decoder, see BODIES
     semantic: str = "mse"       # mse, or the paper's mse and cosine
-    lattice: bool = True        # objects stand on the world's lattice; else anywhere
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Study:
-    """How a DiT learns on a space; the defaults are the tiny preset's."""
-    predict: str = "v"          # v, eps (the guide), or flow (the paper)
-    captions: str = "both"      # complete and loose ones, or only complete, or only loose
-    places: str = "sine"        # what the learnable PE starts from: sine or noise
-    whiten: bool = True         # the text
-    edits: float = 0.0          # share of batches that are edits
 
 
 # --- The pictures ---------------------------------------------------------------------------------
@@ -97,24 +86,13 @@ FACTS = {"background": tuple(world.BACKGROUNDS), "colour": tuple(world.COLOURS),
          "shape": world.SHAPES, "size": tuple(world.SIZES), "place": tuple(world.PLACES.values())}
 
 
-def placed(o: world.Object, rng, lattice: bool) -> world.Object:
-    """o on the lattice; or anywhere within half a step of it, and inside the picture."""
-    o, = world.place([o], rng)
-    if not lattice:
-        corners = world.polygon(o.shape, o.size)
-        low, high = world.MARGIN - corners.min(0), world.CANVAS - world.MARGIN - corners.max(0)
-        x, y = np.clip((o.x, o.y) + rng.uniform(-7.9, 7.9, 2), low, high)
-        o = replace(o, x=float(x), y=float(y))
-    return o
-
-
-def one_object(index: int, split: str, lattice: bool = True) -> world.Scene:
+def one_object(index: int, split: str) -> world.Scene:
     """Scene `index`: one filled object on a background, of the pairs that training shows."""
     rng = world.generator("lab", split, index)
     colour, shape = world.pick_look(rng, "train")
     thing = world.Object(shape, colour, world.choose(rng, world.SIZES), "filled")
-    thing = placed(thing, rng, lattice)
-    return world.Scene(world.choose(rng, world.BACKGROUNDS), (thing,))
+    things = world.place([thing], rng)
+    return world.Scene(world.choose(rng, world.BACKGROUNDS), things)
 
 
 def place_of(o: world.Object) -> str:
@@ -133,27 +111,6 @@ def prompt(scene: world.Scene) -> str:
     where = place_of(o)
     return (f"{world.with_article(world.noun(o, world.LOOK, geneval.Plain()))} "
             f"{'in' if where == 'center' else 'at'} the {where} on a {scene.background} background")
-
-
-def edit_of(scene: world.Scene, index: int, lattice: bool) -> tuple[str, world.Scene]:
-    """(instruction, target) that changes one thing of a picture."""
-    rng, o = world.generator("lab edit", index), scene.objects[0]
-    what = world.choose(rng, ("background", "colour", "size", "place"))
-    if what == "background":
-        colour = world.choose(rng, [b for b in world.BACKGROUNDS if b != scene.background])
-        return f"make the background {colour}", replace(scene, background=colour)
-    if what == "colour":
-        colour = world.choose(rng, [c for c, shape in world.PAIRS if shape == o.shape
-                                    and c != o.colour and (c, shape) not in world.HELD_OUT])
-        return f"make the {o.shape} {colour}", replace(scene, objects=(replace(o, colour=colour),))
-    if what == "size":
-        size = "small" if o.size == "large" else "large"
-        moved = replace(o, size=size)
-        edges = world.polygon(o.shape, size) + (o.x, o.y)
-        if edges.min() >= world.MARGIN and edges.max() <= world.CANVAS - world.MARGIN:
-            return f"make the {o.shape} {size}", replace(scene, objects=(moved,))
-    moved = placed(o, rng, lattice)
-    return f"move the {o.shape} to the {place_of(moved)}", replace(scene, objects=(moved,))
 
 
 def nearest(picture: np.ndarray) -> list[int]:
@@ -364,28 +321,25 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
 
 
 class Pictures:
-    """Pictures with their frozen features and texts: `train`, then `test`, then the results of an
-    edit of each: picture `edited + i` is what `orders[i]` makes of picture i."""
+    """Pictures with their frozen features and texts: `train`, then `test`."""
 
-    def __init__(self, lab: "Lab", lattice: bool):
+    def __init__(self, lab: "Lab"):
         n, m = lab.scale.pictures, lab.scale.held_out
-        scenes = ([one_object(i, "train", lattice) for i in range(n)]
-                  + [one_object(i, "held out", lattice) for i in range(m)])
-        orders, targets = zip(*(edit_of(scene, i, lattice) for i, scene in enumerate(scenes)))
-        self.scenes, self.edited = [*scenes, *targets], n + m
+        self.scenes = ([one_object(i, "train") for i in range(n)]
+                       + [one_object(i, "held out") for i in range(m)])
         self.train, self.test = slice(0, n), slice(n, n + m)
         self.facts = torch.tensor([facts(scene) for scene in self.scenes])
         captions = []                                   # two complete ones, two loose ones
-        for i, scene in enumerate(scenes):
+        for i, scene in enumerate(self.scenes):
             rng = world.generator("lab caption", i)
             captions.append([world.caption(scene, rng, complete) for complete in world.CAPTIONS])
-        asked = [prompt(scene) for scene in scenes]
-        texts = ["", *sorted({*asked, *orders, *(text for four in captions for text in four)})]
+        asked = [prompt(scene) for scene in self.scenes]
+        texts = ["", *sorted({*asked, *(text for four in captions for text in four)})]
         place = {text: i for i, text in enumerate(texts)}
         number = lambda some: torch.tensor([place[text] for text in some], device=lab.device)
         self.captions = torch.stack([number(four) for four in zip(*captions)], 1)       # (N, 4)
-        self.asked, self.orders = number(asked), number(orders)
-        path = lab.path("world", lattice)
+        self.asked = number(asked)
+        path = lab.path("world")
         if not path.exists():
             pictures = np.stack([world.draw(scene) for scene in self.scenes])
             pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
@@ -412,12 +366,7 @@ class Lab:
         encoder = data.load_image_encoder(data.TINY_IMAGE_ENCODER)
         self.encoder = encoder.to(self.device).requires_grad_(False)
         self.alpha_bar = dit.noise_schedule(T, *BETAS).to(self.device)
-        self.worlds, self.models = {}, {}
-
-    def world(self, lattice: bool = True) -> Pictures:
-        if lattice not in self.worlds:
-            self.worlds[lattice] = Pictures(self, lattice)
-        return self.worlds[lattice]
+        self.pictures, self.models = Pictures(self), {}
 
     @torch.no_grad()
     def features(self, x) -> torch.Tensor:
@@ -427,7 +376,7 @@ class Lab:
         scale = asdict(self.scale)
         scale = {name: value for name, value in scale.items() if name in MATTERS.get(what, scale)}
         key = [VERSION, world.VERSION, scale,
-               *(asdict(part) if isinstance(part, (Space, Study)) else part for part in settings)]
+               *(asdict(part) if isinstance(part, Space) else part for part in settings)]
         return self.out / f"{what}-{data.digest_of(key)[:12]}{end}"
 
     def kept(self, what: str, compute, *settings) -> dict:
@@ -450,10 +399,9 @@ class Lab:
         """Projector and semantic decoder on frozen features (svae.py's loss), into `model`."""
         steps, batch, peak = self.scale.stage_1
         parts = nn.ModuleList([model.projector, model.semantic_decoder])
-        pictures = self.world(space.lattice)
 
         def loss_of(step):
-            f = pictures.f[self.rows(space.seed, "lab 1", step, batch)]
+            f = self.pictures.f[self.rows(space.seed, "lab 1", step, batch)]
             mu, log_var = model.projector(f)
             eps = self.randn(space.seed, "lab 1", step, "eps", mu.shape)
             z = psvae.reparameterize(mu, log_var, eps)
@@ -472,7 +420,7 @@ class Lab:
             return self.models[space]
         most, batch, peak, every = self.scale.stage_2
         torch.manual_seed(space.seed)
-        pictures = self.world(space.lattice)
+        pictures = self.pictures
         train = pictures.f[pictures.train].double().flatten(0, 2)
         model = Autoencoder(space, self.encoder, train.mean(0).float(), train.std(0).float(),
                             self.scale.widths).to(self.device)
@@ -513,7 +461,7 @@ class Lab:
     @torch.no_grad()
     def posterior(self, space: Space, rows: slice):
         """mu, log_var (N, h, w, z_dim) of pictures."""
-        model, pictures = self.autoencoder(space), self.world(space.lattice)
+        model, pictures = self.autoencoder(space), self.pictures
         x, f = pictures.x(rows), pictures.f[rows]
         parts = [model.encode(*pair) for pair in zip(x.split(250), f.split(250))]
         return [torch.cat(part) for part in zip(*parts)]
@@ -527,64 +475,55 @@ class Lab:
 
     # --- Stage 3
 
-    def dit(self, space: Space, study: Study):
+    def dit(self, space: Space, predict: str):
         """(model, snapshots, mean, std, seconds) of a DiT on the latents of a space."""
         steps, batch, peak = self.scale.stage_3
-        if study.edits < 1:
-            steps = round(steps / (1 - study.edits))    # as many of drawing as without edits
-        pictures = self.world(space.lattice)
+        pictures = self.pictures
         mu, log_var = self.posterior(space, slice(None))
         flat = mu[pictures.train].double().flatten(0, 2)
         sigma2 = log_var[pictures.train].double().exp().flatten(0, 2)
         mean, std = flat.mean(0).float(), (flat.var(0) + sigma2.mean(0)).sqrt().float()
         torch.manual_seed(space.seed)
-        model = dit.DiT(GRID, mu.shape[-1], pictures.c.shape[-1], *self.scale.dit,
-                        whiten_text=study.whiten)
-        if study.places == "noise":
-            nn.init.normal_(model.position, std=0.02)
-        if study.whiten:
-            tokens = pictures.c[pictures.mask].cpu().numpy()
-            texts = SimpleNamespace(blocks=[tokens], ends=[[len(tokens)]])
-            model.text_shift[:], model.text_map[:] = data.Texts.whitening(texts)
+        model = dit.DiT(GRID, mu.shape[-1], pictures.c.shape[-1], *self.scale.dit, whiten_text=True)
+        tokens = pictures.c[pictures.mask].cpu().numpy()
+        texts = SimpleNamespace(blocks=[tokens], ends=[[len(tokens)]])
+        model.text_shift[:], model.text_map[:] = data.Texts.whitening(texts)
         model.to(self.device)
-        objective = OBJECTIVES[study.predict]
-        choice = {"both": (0, 4), "complete": (0, 2), "loose": (2, 4)}[study.captions]
 
         def loss_of(step):
             g = data.generator(space.seed, "lab 3", step, "rows")
-            edit = torch.rand((), generator=g).item() < study.edits
-            rows, source = self.rows(space.seed, "lab 3", step, batch), None
-            text = pictures.captions[rows, torch.randint(*choice, (batch,), generator=g)]
-            if edit:
-                source, text = (mu[rows] - mean) / std, pictures.orders[rows]
-                rows = rows + pictures.edited
+            rows = self.rows(space.seed, "lab 3", step, batch)
+            text = pictures.captions[rows, torch.randint(4, (batch,), generator=g)]
             noise = lambda what: self.randn(space.seed, "lab 3", step, what, (batch, *mu.shape[1:]))
             z_0 = (psvae.reparameterize(mu[rows], log_var[rows], noise("z_0")) - mean) / std
             text = torch.where((torch.rand(batch, generator=g) < 0.1).to(self.device), 0, text)
             c, mask = pictures.c[text].float(), pictures.mask[text]
-            told = lambda z, t: model(z, t, c, mask, source)
-            return objective.loss(self, told, z_0, noise("eps"), g)
+            told = lambda z, t: model(z, t, c, mask)
+            return objective_loss(predict, told, z_0, noise("eps"), g, self.alpha_bar)
 
         marks = [max(1, round(share * steps)) for share in self.scale.marks]
-        kept = fit(self.path("stage3", space, study), model, [{"params": list(model.parameters())}],
-                   steps, peak, loss_of, self.device, decay=0.0, marks=marks,
-                   say=f"stage 3 {study.predict} {space.kind} seed {space.seed}")
+        kept = fit(self.path("stage3", space, predict), model,
+                   [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
+                   decay=0.0, marks=marks,
+                   say=f"stage 3 {predict} {space.kind} seed {space.seed}")
         return model.eval(), kept["snapshots"], mean, std, kept["seconds"]
 
     @torch.no_grad()
-    def generate(self, space: Space, study: Study, mark=None, edit=False, count=None):
-        """Latents for the first held-out prompts (or orders, with their sources)."""
-        model, snapshots, mean, std, _ = self.dit(space, study)
+    def generate(self, space: Space, predict: str, mark=None, count=None):
+        """Latents for the first held-out prompts."""
+        model, snapshots, mean, std, _ = self.dit(space, predict)
         model.load_state_dict(snapshots[mark or max(snapshots)])
-        pictures, count = self.world(space.lattice), count or self.scale.prompts
-        rows = slice(pictures.test.start, pictures.test.start + count)
-        text = (pictures.orders if edit else pictures.asked)[rows]
-        source = (self.posterior(space, rows)[0] - mean) / std if edit else None
+        pictures, count = self.pictures, count or self.scale.prompts
+        text = pictures.asked[pictures.test.start:pictures.test.start + count]
         z_T = self.randn(space.seed, "lab 3", 0, "z_T", (count, GRID, GRID, len(mean)))
         both = torch.cat([text, torch.zeros_like(text)])
+        c, mask = pictures.c[both].float(), pictures.mask[both]
+        steps, guidance, eta = self.scale.sampler
+        if predict == "flow":
+            return flow_sample(model, z_T, c, mask, steps, guidance) * std + mean
         generators = [data.generator(space.seed, "lab 3", i, "ddim") for i in range(count)]
-        z_0 = OBJECTIVES[study.predict].sample(self, model, z_T, pictures.c[both].float(),
-                                               pictures.mask[both], source, generators)
+        z_0 = ddim(model, z_T, c, mask, self.alpha_bar, sampling_times(T, steps), guidance,
+                   eta=eta, generators=generators, predict=predict)
         return z_0 * std + mean
 
     # --- Measures, each a plain dict and kept on disk
@@ -592,7 +531,7 @@ class Lab:
     def pixels(self, space: Space) -> dict:
         """What comes back from mu of held-out pictures."""
         def compute():
-            pictures, model = self.world(space.lattice), self.autoencoder(space)
+            pictures, model = self.pictures, self.autoencoder(space)
             x = pictures.x(pictures.test)
             x_hat, edge = self.decode(space, self.posterior(space, pictures.test)[0]), near_edges(x)
             part = lambda where: psnr(x_hat, x, where).nanmean().item()
@@ -603,8 +542,8 @@ class Lab:
     def meaning(self, space: Space) -> dict:
         """What a linear map reads out of mu, what of the features comes back, and the rate."""
         def compute():
-            pictures = self.world(space.lattice)
-            mu, log_var = self.posterior(space, slice(0, pictures.edited))
+            pictures = self.pictures
+            mu, log_var = self.posterior(space, slice(None))
             flat, train, test = mu.flatten(1).double().cpu(), pictures.train, pictures.test
             answers = lambda rows: {name: pictures.facts[rows, i].tolist()
                                     for i, name in enumerate(FACTS)}
@@ -622,7 +561,7 @@ class Lab:
             return result
         return self.kept("meaning", compute, space)
 
-    def drawn(self, space: Space, study: Study, edit=False) -> dict:
+    def drawn(self, space: Space, predict: str) -> dict:
         """{step: scores} of what the DiT draws; "mu": those of true pictures through the same
         decoder.
 
@@ -633,8 +572,8 @@ class Lab:
         of the features' spread.
         """
         def compute():
-            pictures, count = self.world(space.lattice), self.scale.prompts
-            first = pictures.test.start + (pictures.edited if edit else 0)
+            pictures, count = self.pictures, self.scale.prompts
+            first = pictures.test.start
             scenes = pictures.scenes[first:first + count]
             reference = pictures.f[pictures.train]
             spread = (reference - reference.mean(0)).flatten(1).norm(dim=1).mean()
@@ -655,65 +594,43 @@ class Lab:
                         "fd": frechet_distance(pooled(f), pooled(reference)),
                         "beside": (away(f) - floor).item(), "each": read[:, 0].tolist()}
 
-            *_, snapshots, _, _, seconds = self.dit(space, study)
+            *_, snapshots, _, _, seconds = self.dit(space, predict)
             result = {"seconds": seconds,
                       "mu": score(self.posterior(space, slice(first, first + count))[0])}
             for mark in sorted(snapshots):
-                result[str(mark)] = score(self.generate(space, study, mark, edit))
+                result[str(mark)] = score(self.generate(space, predict, mark))
             return result
-        return self.kept("edited" if edit else "drawn", compute, space, study)
+        return self.kept("drawn", compute, space, predict)
 
 
-# --- The objectives and the samplers of stage 3 ---------------------------------------------------
+# --- The objectives of stage 3, and the paper's sampler -------------------------------------------
 
-class Diffusion:
-    """The guide's: Eq. 22, 32 and DDIM (Eq. 34) with guidance (Eq. 33)."""
-    predict = "eps"
-
-    @classmethod
-    def loss(cls, lab, model, z_0, eps, g):
-        t = torch.randint(1, T + 1, (len(z_0),), generator=g).to(z_0.device)
-        target = eps if cls.predict == "eps" else dit.v_of(z_0, t, eps, lab.alpha_bar)
-        # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2, z_t by Eq. 22
-        return dit.dit_loss(target, model(dit.add_noise(z_0, t, eps, lab.alpha_bar), t))
-
-    @classmethod
-    def sample(cls, lab, model, z_T, c, mask, source, generators):
-        steps, guidance, eta = lab.scale.sampler
-        return ddim(model, z_T, c, mask, lab.alpha_bar, sampling_times(T, steps), guidance, 1.5,
-                    eta, source, generators, predict=cls.predict)
-
-
-class Velocity(Diffusion):
-    predict = "v"
-
-
-class Flow:
-    """The paper's rectified flow: z_t = (1 - t) z_0 + t eps, t in 0 .. 1; the network, told T t,
-    predicts eps - z_0. It does not edit here."""
-
-    @staticmethod
-    def shifted(t, channels):
-        shift = math.sqrt(channels / 16)    # sqrt(C P^2 / 16), P = 1: more numbers need more noise
-        return shift * t / (1 + (shift - 1) * t)
-
-    @staticmethod
-    def loss(lab, model, z_0, eps, g):
+def objective_loss(predict: str, model, z_0, eps, g, alpha_bar):
+    """The guide's loss with eps or v (Eq. 32), or that of the paper's rectified flow:
+    z_t = (1 - t) z_0 + t eps, t in 0 .. 1; the network, told T t, predicts eps - z_0."""
+    if predict == "flow":
         t = torch.sigmoid(torch.randn(len(z_0), generator=g))
-        t = Flow.shifted(t, z_0.shape[-1]).to(z_0.device)
+        t = shifted(t, z_0.shape[-1]).to(z_0.device)
         at = t.view(-1, 1, 1, 1)
         return F.mse_loss(model((1 - at) * z_0 + at * eps, T * t), eps - z_0)
-
-    @staticmethod
-    def sample(lab, model, z_T, c, mask, source=None, generators=()):
-        steps, guidance, _ = lab.scale.sampler
-        times = Flow.shifted(torch.linspace(1, 0, steps + 1), z_T.shape[-1]).tolist()
-        z = z_T
-        for t, t_next in zip(times, times[1:]):
-            at = torch.full((2 * len(z),), T * t, device=z.device)
-            v_c, v_null = model(torch.cat([z, z]), at, c, mask).chunk(2)
-            z = z + (t_next - t) * (v_null + guidance * (v_c - v_null))
-        return z
+    t = torch.randint(1, T + 1, (len(z_0),), generator=g).to(z_0.device)
+    target = eps if predict == "eps" else dit.v_of(z_0, t, eps, alpha_bar)
+    # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2, z_t by Eq. 22
+    return dit.dit_loss(target, model(dit.add_noise(z_0, t, eps, alpha_bar), t))
 
 
-OBJECTIVES = {"v": Velocity, "eps": Diffusion, "flow": Flow}
+def shifted(t, channels: int):
+    """Flow's times: more numbers need more noise. sqrt(C P^2 / 16), with patches of P = 1."""
+    shift = math.sqrt(channels / 16)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def flow_sample(model, z_T, c, mask, steps: int, guidance: float):
+    """Euler's steps from noise to z_0; c and mask hold the texts, then the null texts."""
+    times = shifted(torch.linspace(1, 0, steps + 1), z_T.shape[-1]).tolist()
+    z = z_T
+    for t, t_next in zip(times, times[1:]):
+        at = torch.full((2 * len(z),), T * t, device=z.device)
+        v_c, v_null = model(torch.cat([z, z]), at, c, mask).chunk(2)
+        z = z + (t_next - t) * (v_null + guidance * (v_c - v_null))
+    return z

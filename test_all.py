@@ -3037,7 +3037,7 @@ def test_the_shipped_model_reads():
 
 # --- The notebook ---------------------------------------------------------------------------------
 
-PAGES = [*claims.CLAIMS, "schedule"]
+PAGES = [*claims.CLAIMS, "schedule", "off_manifold"]
 
 
 @pytest.fixture(scope="module")
@@ -3046,10 +3046,10 @@ def laboratory(tmp_path_factory):
     return str(tmp_path_factory.mktemp("lab"))
 
 
-@pytest.mark.parametrize("page", [*PAGES, "the toy"])
+@pytest.mark.parametrize("page", PAGES)
 def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
         page, laboratory, tmp_path, capsys):
-    script = {"schedule": schedule, "the toy": off_manifold}.get(page, claims)
+    script = {"schedule": schedule, "off_manifold": off_manifold}.get(page, claims)
     argv = [page, "--out", laboratory] if script is claims else ["--out", str(tmp_path / "measured.png")]
     before = {path: path.read_bytes() for path in (HERE / "notes/claims").iterdir() if path.is_file()}
     assert script.main([*argv, "--quick"]) in (None, 0)
@@ -3063,18 +3063,15 @@ def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
     assert re.search(r"^wrote .*\.png|pip install matplotlib", said, re.M)
 
 
-def test_a_row_is_named_and_may_be_cut_to_some_of_its_variants(laboratory, refused, capsys):
+def test_a_row_has_to_be_named(refused):
     assert "weak_pixels, ladder" in refused(claims.main, "--quick")
-    assert claims.main(["kl", "--quick", "--only", "0", "--out", laboratory]) in (None, 0)
-    said = capsys.readouterr().out
-    assert "| 0 |" in said and "| 0.01 |" not in said
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_begins_with_its_verdict_and_names_its_command_and_the_way_in_leads_to_it(page):
     lines = (HERE / f"notes/claims/{page}.md").read_text().splitlines()
     assert re.match(r"\*\*(Holds|Fails|Not tested)", lines[2]) and max(map(len, lines)) <= 140
-    script = "schedule.py" if page == "schedule" else f"claims.py {page}"
+    script = f"claims.py {page}" if page in claims.CLAIMS else f"{page}.py"
     assert any(line.startswith(f"python notes/claims/{script}") for line in lines)
     for name in re.findall(r"\]\(([\w./]+)\)", "\n".join(lines)):
         assert (HERE / "notes/claims" / name).exists(), name
@@ -3240,26 +3237,16 @@ def test_near_edges_are_the_pixels_within_reach_of_a_step_of_colour():
     assert near.all(0).equal(near.any(0)) and near[0].nonzero().flatten().tolist() == list(range(7, 14))
 
 
-@pytest.mark.parametrize("lattice", [True, False])
-def test_pictures_of_the_lab_are_what_their_prompts_and_orders_say(lattice):
-    scenes = [lab.one_object(i, split, lattice) for i in range(30) for split in ("train", "held out")]
+def test_pictures_of_the_lab_are_what_their_prompts_say():
+    scenes = [lab.one_object(i, split) for i in range(30) for split in ("train", "held out")]
     assert not any(lab.world.holds_out(scene.objects) for scene in scenes) and len(set(scenes)) == 60
-    off = [abs((v + 8) % 16 - 8) for scene in scenes for o in scene.objects for v in (o.x, o.y)]
-    assert max(off) == 0 if lattice else np.mean(off) > 2
-    changed = collections.Counter()
-    for i, scene in enumerate(scenes):
+    for scene, other in zip(scenes, scenes[1:]):
         picture = lab.world.draw(scene)
         assert lab.is_read_as(picture, scene) == (True, True)
         names = [options[value] for value, options in zip(lab.facts(scene), lab.FACTS.values())]
         assert all(name in lab.prompt(scene) for name in names)
-        order, target = lab.edit_of(scene, i, lattice)
-        differs = [name for name, a, b in zip(lab.FACTS, lab.facts(scene), lab.facts(target)) if a != b]
-        changed.update(differs)
-        assert len(differs) <= 1 and lab.is_read_as(lab.world.draw(target), target)[0]
-        for name in differs:
-            assert lab.is_read_as(picture, target) == (False, True)
-            assert lab.FACTS[name][lab.facts(target)[list(lab.FACTS).index(name)]] in order
-    assert set(changed) == {"background", "colour", "size", "place"}
+        same_facts = lab.facts(scene) == lab.facts(other)
+        assert lab.is_read_as(picture, other) == (same_facts, True)
     assert lab.is_read_as(np.zeros((64, 64, 3), np.uint8), scenes[0])[0] is False
 
 
@@ -3271,11 +3258,10 @@ def test_rectified_flow_walks_straight_to_z_0_and_shifts_times_by_the_number_of_
         seen.append(t[0].item())
         return torch.cat([z_T - z_0] * 2)
 
-    study = SimpleNamespace(scale=SimpleNamespace(sampler=(5, 3.0, 0)))
-    same(lab.Flow.sample(study, velocity, z_T, None, None), z_0.numpy(), 1e-6)
+    same(lab.flow_sample(velocity, z_T, None, None, 5, 3.0), z_0.numpy(), 1e-6)
     line = torch.linspace(1, 0.2, 5)
     assert seen == pytest.approx((1000 * 2 * line / (1 + line)).tolist(), rel=1e-5)  # sqrt(64 / 16) = 2
-    assert lab.Flow.shifted(line, 16).equal(line)
+    assert lab.shifted(line, 16).equal(line)
 
 
 def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tmp_path):

@@ -8,7 +8,6 @@ of x, with this project's own objective (noise_schedule, add_noise, dit_loss of 
 
     python notes/claims/off_manifold.py           every run below, 3 seeds; killed, it goes on
     python notes/claims/off_manifold.py --page    the same into off_manifold.md and .png
-    python notes/claims/off_manifold.py --report  trains nothing more: shows what is there
     python notes/claims/off_manifold.py --quick   a few seconds, to see that it works
 
     raw D        x as it is: in the sheet's plane the same ratio of signal to noise as in R^2
@@ -51,8 +50,6 @@ EMA = 0.999             # decay of the averaged weights that are sampled, with d
 DDIM_STEPS = 50
 TRUE = 10_000           # points to compare with
 WORST = 0.05            # the share that the paper looks at
-FIRST = 8               # variants that are run first: those of the page's first tables
-MEASURES = ("beside", "beside_worst", "nearest", "nearest_worst", "both", "both_worst")
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ class Config:
     seeds: int = 3                          # each has its own Q, weights, points and noise
     out: str = "out/off_manifold.json"      # what was measured so far; a figure goes beside it
     page: bool = False                      # write tables and figure into notes/claims/ too
-    report: bool = False                    # train nothing more, use what is in --out
     quick: bool = False                     # a few steps, one seed, D = 8
 
     def __post_init__(self):
@@ -89,23 +85,13 @@ class Variant:
 
 
 def variants(cfg: Config) -> list[Variant]:
-    """All of them; the FIRST ones come first."""
+    """In the order of the tables."""
     high, middle = max(cfg.dims), 8 if 8 in cfg.dims else cfg.dims[0]
-    ends = sorted({middle, high})
-    first = [Variant(2), *(v for d in ends for v in (Variant(d), Variant(d, scaled=True),
-                                                     Variant(d, z_dim=2, beta=1e-4)))]
     # which half of the remedy is it: the squeeze to fewer channels, or the KL term?
-    latents = [Variant(middle, z_dim=z_dim, beta=beta)
-               for z_dim, beta in ((2, 0), (middle, 1e-4), (middle, 0))]
-    others = [v for d in cfg.dims if d not in ends for v in (Variant(d), Variant(d, scaled=True))]
-    return [*first, Variant(high, residual=True), *latents, *others]
-
-
-def in_order(name: str) -> tuple:
-    """For tables: raw, scaled, residual, latent, each by dimension."""
-    kind, number, *rest = name.replace(",", "").split()
-    dim = int(rest[1]) if rest else int(number)             # "latent 2 of 8, …" or "raw 8"
-    return ["raw", "scaled", "residual", "latent"].index(kind), dim, -int(number)
+    latents = [Variant(middle, z_dim=z_dim, beta=beta) for z_dim in (middle, 2)
+               for beta in (1e-4, 0)]
+    return [*(Variant(d) for d in (2, *cfg.dims)), *(Variant(d, scaled=True) for d in cfg.dims),
+            Variant(high, residual=True), *latents, Variant(high, z_dim=2, beta=1e-4)]
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -245,7 +231,8 @@ def train_autoencoder(draw_x, variant: Variant, cfg: Config, seed: int) -> svae.
 # --- Errors ---------------------------------------------------------------------------------------
 
 def errors(x: torch.Tensor, Q: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
-    """MEASURES of points x (n, D) beside a sheet spanned by Q (D, 2) with true points (m, 2)."""
+    """Of points x (n, D) beside a sheet spanned by Q (D, 2) with true points (m, 2): what the head
+    of this file says."""
     y = x @ Q
     beside = (x - y @ Q.T).norm(dim=1)
     nearest = torch.cat([torch.cdist(part, true).min(1).values for part in y.split(1024)])
@@ -277,82 +264,51 @@ def measure(variant: Variant, cfg: Config, seed: int, letters: Letters) -> dict:
 # --- Tables and figure ----------------------------------------------------------------------------
 
 def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
-    """runs: by the name of a variant, one for each seed that is there."""
+    """runs: by the name of a variant, one for each seed."""
     said = lambda errors, measure: spread([one[measure] for one in errors], "{:.3f}")
-    at = lambda name, step, what: said([run["steps"][str(step)] for run in runs[name]], what)
-    floor = lambda name, what: said([run["floor"] for run in runs[name]], what)
-    first = sorted((v.name for v in variants(cfg)[:FIRST] if v.name in runs), key=in_order)
-    parts = []
+    at = lambda name, step, measure: said([run["steps"][str(step)] for run in runs[name]], measure)
     heads = ["space", *(f"{step:,} steps" for step in milestones(cfg)),
              "true points, there and back"]
-    for measure, title in (
-            ("nearest_worst", "Distance to the nearest true point after projecting back"),
-            ("beside_worst", "Distance to the sheet")):
-        rows = [[name, *(at(name, step, measure) for step in milestones(cfg)), floor(name, measure)]
-                for name in first]
-        parts.append(f"{title}, worst 5 %, as training goes on:\n\n{table(heads, rows)}")
+    rows = [[name, *(at(name, step, "nearest_worst") for step in milestones(cfg)),
+             said([run["floor"] for run in runs[name]], "nearest_worst")] for name in runs]
+    parts = ["Distance to the nearest true point after projecting back, worst 5 %, as training "
+             f"goes on:\n\n{table(heads, rows)}"]
     columns = ("beside", "beside_worst", "nearest", "nearest_worst", "both_worst")
-    heads = ["space", *(name.replace("_worst", ", worst 5 %") for name in columns), "seeds"]
-    rows = [[name, *(at(name, cfg.steps, measure) for measure in columns), str(len(runs[name]))]
-            for name in runs]
+    heads = ["space", *(name.replace("_worst", ", worst 5 %") for name in columns)]
+    rows = [[name, *(at(name, cfg.steps, measure) for measure in columns)] for name in runs]
     parts.append(f"Every space after {cfg.steps:,} steps:\n\n{table(heads, rows)}")
     seconds = [run["seconds"] for seeds in runs.values() for run in seeds]
-    parts.append(f"± is the standard deviation over seeds. {len(seconds)} runs of "
-                 f"{statistics.median(seconds):.0f} s (median), {sum(seconds) / 60:.0f} minutes in "
-                 f"all; {torch.get_num_threads()} thread(s), torch {torch.__version__}.")
+    parts.append(f"± is the standard deviation over {cfg.seeds} seeds. {len(seconds)} runs of "
+                 f"{statistics.median(seconds):.0f} s (median); {torch.get_num_threads()} "
+                 f"thread(s), torch {torch.__version__}.")
     return "\n\n".join(parts)
 
 
 def figure(runs: dict[str, list[dict]], cfg: Config, path: Path):
-    """Scatter plots above; errors against training steps and against D below."""
+    """What is drawn in R^2 and in the highest dimension; errors against D."""
     plt = pyplot()
     if plt is None:
         return
-    sheet = plt.figure(figsize=(14, 7.4), layout="constrained")
-    names = [v.name for v in variants(cfg) if v.name in runs]
-    first = [v.name for v in variants(cfg)[:FIRST] if v.name in runs]
-    true = np.pad(Letters()(1500, torch.Generator().manual_seed(0)).numpy(), ((0, 0), (0, 1)))
-    top = {"true points": true} | {
-        name: np.array(runs[name][0]["points"]) for name in sorted(first, key=in_order)
-        if not name.startswith(("scaled", "residual"))}
-    for i, (name, points) in enumerate(top.items()):
-        axes = sheet.add_subplot(2, len(top), i + 1)
-        dots = axes.scatter(*points.T[:2], c=points[:, 2], s=3, cmap="viridis_r", vmin=0, vmax=0.4)
-        axes.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", xticks=[], yticks=[])
-        axes.set_title(name.replace(", ", "\n"), fontsize=10)
-    sheet.colorbar(dots, ax=sheet.axes, shrink=0.8, label="distance to the sheet")
-    for i, (measure, title) in enumerate((("nearest_worst", "nearest true point, worst 5 %"),
-                                          ("beside_worst", "distance to the sheet, worst 5 %"))):
-        # in R^2 nothing is beside the plane
-        shown = [name for name in names if measure == "nearest_worst" or name != "raw 2"]
-        axes = sheet.add_subplot(2, 4, 5 + i)
-        for name in sorted(set(shown) & set(first[:4]), key=in_order):
-            points = [(name, step) for step in milestones(cfg)]
-            curve(axes, milestones(cfg), points, runs, measure, name)
-        axes.set(xscale="log", yscale="log", xlabel="training steps", title=title)
-        axes.set_xticks(milestones(cfg), [str(step) for step in milestones(cfg)])
-        axes.minorticks_off()
-        axes.legend(fontsize=7)
-        axes = sheet.add_subplot(2, 4, 7 + i)
-        for kind, there in (("raw", "raw "), ("scaled", "scaled "), ("latent 2", "latent 2 of ")):
-            some = {in_order(name)[1]: (name, cfg.steps) for name in shown
-                    if name.startswith(there) and not name.endswith("beta 0")}
-            curve(axes, sorted(some), [some[d] for d in sorted(some)], runs, measure, kind)
-        axes.set(xscale="log", yscale="log", xlabel="ambient dimension D", title=title)
-        axes.set_xticks([2, *cfg.dims], [str(d) for d in (2, *cfg.dims)])
-        axes.minorticks_off()
-        axes.legend(fontsize=7)
+    true = Letters()(1500, torch.Generator().manual_seed(0)).numpy()
+    ends = {"true points": np.pad(true, ((0, 0), (0, 1)))} | {
+        name: np.array(seeds[0]["points"]) for name, seeds in runs.items()
+        if name in ("raw 2", f"raw {max(cfg.dims)}") or f"2 of {max(cfg.dims)}, beta 0.0" in name}
+    sheet, axes = plt.subplots(1, len(ends) + 2, figsize=(3.2 * (len(ends) + 2), 3.2),
+                               layout="constrained")
+    for axis, (name, points) in zip(axes, ends.items()):
+        dots = axis.scatter(*points.T[:2], c=points[:, 2], s=3, cmap="viridis_r", vmin=0, vmax=0.4)
+        axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", title=name)
+    sheet.colorbar(dots, ax=axes[:len(ends)], shrink=0.8, label="distance to the sheet")
+    for axis, measure in zip(axes[-2:], ("nearest_worst", "beside_worst")):
+        for kind in ("raw", "scaled"):
+            values = [[run["steps"][str(cfg.steps)][measure] for run in runs[f"{kind} {d}"]]
+                      for d in cfg.dims]
+            axis.errorbar(cfg.dims, np.mean(values, 1), np.std(values, 1), marker="o", ms=3,
+                          capsize=2, label=kind)
+        axis.set(xscale="log", yscale="log", xlabel="ambient dimension D",
+                 title=measure.replace("_worst", ", worst 5 %"))
+        axis.legend()
     curves.save(sheet, path)
-
-
-def curve(axes, x: list[int], points: list[tuple], runs: dict, measure: str, label: str):
-    """points: (name of a variant, training steps); error bars are the standard deviation over
-    seeds."""
-    values = [[run["steps"][str(step)][measure] for run in runs[name]] for name, step in points]
-    spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-    colours = {"raw": "C0", "scaled": "C1", "latent": "C2"}
-    axes.errorbar(x, [statistics.fmean(v) for v in values], spread, marker="o", ms=3, capsize=2,
-                  label=label, color="gray" if label == "raw 2" else colours[label.split()[0]])
 
 
 @data.program
@@ -360,35 +316,28 @@ def main(argv: list[str] | None = None):
     cfg = Config(**data.read_flags(Config, argv, __doc__))
     if cfg.quick:
         cfg = replace(cfg, dims=(8,), steps=32, autoencoder_steps=32, drawn=64, seeds=1)
-    out, letters, order = Path(cfg.out), Letters(), variants(cfg)
+    out, letters = Path(cfg.out), Letters()
     kept = json.loads(out.read_text()) if out.exists() else {}
     runs: dict[str, list[dict]] = {}
-    for part in (order[:FIRST], order[FIRST:]):
-        for seed, variant in itertools.product(range(cfg.seeds), part):
-            key = (f"{variant.name}; seed {seed}, {cfg.steps} and {cfg.autoencoder_steps} steps "
-                   f"of {cfg.batch}, {cfg.drawn} drawn")
-            if key not in kept:
-                if cfg.report:
-                    continue
-                kept[key] = measure(variant, cfg, seed, letters)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with data.atomic(out) as partial:
-                    partial.write_text(json.dumps(kept))
-            run = kept[key]
-            runs.setdefault(variant.name, []).append(run)
-            last = run["steps"][str(cfg.steps)]
-            print(f"{variant.name}, seed {seed}: worst 5 %: beside {last['beside_worst']:.3f}, "
-                  f"nearest {last['nearest_worst']:.3f}; {run['seconds']:.0f} s", flush=True)
-    if not runs:
-        raise data.UserError(f"--report: nothing of these settings is in {out}.")
-    runs = {name: runs[name] for name in sorted(runs, key=in_order)}
+    for seed, variant in itertools.product(range(cfg.seeds), variants(cfg)):
+        key = (f"{variant.name}; seed {seed}, {cfg.steps} and {cfg.autoencoder_steps} steps "
+               f"of {cfg.batch}, {cfg.drawn} drawn")
+        if key not in kept:
+            kept[key] = measure(variant, cfg, seed, letters)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with data.atomic(out) as partial:
+                partial.write_text(json.dumps(kept))
+        run = kept[key]
+        runs.setdefault(variant.name, []).append(run)
+        last = run["steps"][str(cfg.steps)]
+        print(f"{variant.name}, seed {seed}: worst 5 %: beside {last['beside_worst']:.3f}, "
+              f"nearest {last['nearest_worst']:.3f}; {run['seconds']:.0f} s", flush=True)
     text = tables(runs, cfg)
     print(f"\n{text}\n")
-    figure(runs, cfg, out.with_suffix(".png"))
+    here = Path(__file__).parent
+    figure(runs, cfg, here / "off_manifold.png" if cfg.page else out.with_suffix(".png"))
     if cfg.page:
-        here = Path(__file__).parent
         into_page(here / "off_manifold.md", text)
-        figure(runs, cfg, here / "off_manifold.png")
 
 
 if __name__ == "__main__":

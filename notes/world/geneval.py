@@ -3,10 +3,8 @@ the judge.
 
     python notes/world/geneval.py                      the model of sample.py: 2,212 pictures
     python notes/world/geneval.py --quick              139 prompts, a picture of each
-    python notes/world/geneval.py --typed              the same prompts, worded as people type them
     python notes/world/geneval.py --guidance 1 2 4 --steps 10 25 50    a sweep: quality against cost
     python notes/world/geneval.py --seed 0 1 2         the spread over sampling seeds
-    python notes/world/geneval.py --compare a.json b.json   two results, with an interval
 
 The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94
 colours, 100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A
@@ -19,7 +17,6 @@ out/geneval.png: failures, with what the judge saw.
 import argparse
 import itertools
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -32,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from notes.world.judge import check, read  # noqa: E402
 from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, PAIRS,  # noqa: E402
                                SHAPES, SIZES, STYLES, WORDS, Object, Scene, choose, draw,
-                               generator, many, noun, pick_look, place, with_article)
+                               generator, noun, pick_look, place, with_article)
 
 TASKS = {"single": 80, "two": 99, "counting": 80, "colours": 94, "position": 100, "binding": 100}
 HELD_OUT_SHARE = 0.2   # of the prompts of the four tasks that name colours
@@ -103,23 +100,6 @@ def prompts():
             if not any(room.values()):
                 break
     return rows
-
-
-SAME = {words[0]: words for words in WORDS.values()}
-SAME |= {many(WORDS[name][0]): tuple(map(many, WORDS[name])) for name in SHAPES if name in WORDS}
-ANY_OF_THEM = re.compile(r"\b(%s)\b" % "|".join(sorted(SAME, key=len)[::-1]))
-
-
-def as_people_type(text, rng):
-    """The same in other words: synonyms, no articles, a capital, a full stop, each in half of the
-    cases."""
-    text = ANY_OF_THEM.sub(lambda match: choose(rng, SAME[match[1]]), text)
-    text = re.sub(r"\ban? (?=([a-z]))", lambda m: "an " if m[1] in "aeiou" else "a ", text)
-    if rng.random() < 0.5:
-        text = re.sub(r"\b(an?|the) ", "", text)
-    if rng.random() < 0.5:
-        text = text[0].upper() + text[1:]
-    return text + "." * (rng.random() < 0.5)
 
 
 def true_picture(requirement, rng):
@@ -196,18 +176,6 @@ def report(result):
                          f"{s['prompts']:>8}")
     return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; "
                               f"{result['seconds']:.0f} s"])
-
-
-def compare(first, second):
-    """Overall score of the second result file less the first's, paired by prompt, over seeds."""
-    a, b = (np.mean([r["scores"] for r in json.loads(Path(name).read_text())], axis=0)
-            for name in (first, second))
-    tasks = [row["task"] for row in prompts()]
-    if not len(a) == len(b) == len(tasks):
-        raise SystemExit(f"--compare needs {len(tasks)} prompts in each, not {len(a)}, {len(b)}")
-    s = summarise(tasks, b - a)
-    low, high = s["interval"]
-    return f"{second} less {first}: {s['score']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
 
 
 # --- What a person looks at -----------------------------------------------------------------------
@@ -303,21 +271,8 @@ def save(results, failures, out):
 def main():
     parser = parser_of(__doc__, ("guidance", "steps", "eta"), "out/geneval.json")
     parser.add_argument("--n", type=int, default=4, help="pictures of each prompt (4)")
-    parser.add_argument("--typed", action="store_true",
-                        help="worded as people type: synonyms, no articles, capitals, full stops")
-    parser.add_argument("--prompts", action="store_true", help="only print the prompts")
-    parser.add_argument("--compare", nargs=2, metavar="JSON", help="only compare two results")
     args = parser.parse_args()
     asked = prompts()
-    if args.typed:
-        asked = [row | {"text": as_people_type(row["text"], generator("typed", row["text"]))}
-                 for row in asked]
-    if args.prompts:
-        for row in asked:
-            print(f"{row['task']:<10}{'held out' if row['heldout'] else 'seen':<10}{row['text']}")
-        return
-    if args.compare:
-        return print(compare(*args.compare))
     if args.quick:
         asked, args.n = asked[::4], 1
     pipeline, name, own = load(args)
@@ -330,10 +285,9 @@ def main():
 
         result = evaluate(generate, asked, args.n, seed, args.batch)
         failures = result.pop("failures")
-        print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}"
-              f"{', as typed' * args.typed}\n{report(result)}", flush=True)
-        results.append({"model": name, "typed": args.typed, "guidance": guidance, "steps": steps,
-                        "eta": eta, **result})
+        print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}\n"
+              f"{report(result)}", flush=True)
+        results.append({"model": name, "guidance": guidance, "steps": steps, "eta": eta, **result})
     save(results, [(text, [picture], brief(facts)) for text, picture, facts in failures], args.out)
 
 

@@ -90,8 +90,10 @@ def variants(cfg: Config) -> list[Variant]:
     # which half of the remedy is it: the squeeze to fewer channels, or the KL term?
     latents = [Variant(middle, z_dim=z_dim, beta=beta) for z_dim in (middle, 2)
                for beta in (1e-4, 0)]
+    if high != middle:
+        latents.append(Variant(high, z_dim=2, beta=1e-4))
     return [*(Variant(d) for d in (2, *cfg.dims)), *(Variant(d, scaled=True) for d in cfg.dims),
-            Variant(high, residual=True), *latents, Variant(high, z_dim=2, beta=1e-4)]
+            Variant(high, residual=True), *latents]
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     rows = [[name, *(at(name, cfg.steps, measure) for measure in columns)] for name in runs]
     parts.append(f"Every space after {cfg.steps:,} steps:\n\n{table(heads, rows)}")
     seconds = [run["seconds"] for seeds in runs.values() for run in seeds]
-    parts.append(f"± is the standard deviation over {cfg.seeds} seeds. {len(seconds)} runs of "
+    parts.append(f"± is the standard deviation over seeds ({cfg.seeds}). {len(seconds)} runs of "
                  f"{statistics.median(seconds):.0f} s (median); {torch.get_num_threads()} "
                  f"thread(s), torch {torch.__version__}.")
     return "\n\n".join(parts)

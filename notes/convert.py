@@ -1,34 +1,29 @@
-"""Turns what other people have into a folder that data.py reads: pictures and a metadata.jsonl.
+"""Turns archives that other people have into a folder that data.py reads.
 
     python notes/convert.py --src SRC --out DIR        then: python data.py --data DIR
 
     SRC holds                                    what becomes a row
     *.tar (img2dataset, WebDataset)              key.jpg with key.txt, or with "caption" in key.json
-    the same with key.src_img.jpg and so on      an edit, columns as below
+    the same with key.src_img.jpg and so on      an edit: src_img, edited_prompt_list, edited_img
+                                                 (OmniEdit; each wording is a row), or
+                                                 original_image, edit_prompt, edited_image
     */prompt.json beside <seed>_0.jpg, _1.jpg    an edit: InstructPix2Pix's own download (its
                                                  seeds.json is not needed)
-    *.jsonl or *.csv with paths of pictures      an edit: original_image, edit_prompt, edited_image
-                                                 (InstructPix2Pix) or src_img, edited_prompt_list,
-                                                 edited_img (OmniEdit; each wording is a row); else
-                                                 image or file_name, and caption or text
 
-What the hub has as parquet (OmniEdit) is not read: save its pictures and a rows.jsonl with the
-columns above by the library `datasets`.
+A table with paths of pictures needs none of this: called metadata.jsonl or metadata.csv, data.py
+reads it with the columns above. What the hub has as parquet is not read: save its pictures and
+such a table by the library `datasets`.
 
 A tar that was cut short gives what stands before the cut. Whatever is left out is counted and
 named; more than --max-broken of it is an error. Nothing outside SRC is read, no name out of a tar
 is used as a path, and DIR is whole or not there. Pictures are not opened here (data.py tells which
-are broken); those of a folder are linked where the file system can (hard links: they take no room),
-else copied.
+are broken).
 """
 
-import csv
-import itertools
 import json
 import lzma
 import os
 import posixpath
-import shutil
 import sys
 import tarfile
 import zlib
@@ -42,7 +37,6 @@ import data  # noqa: E402
 
 EDITS = (("original_image", "edit_prompt", "edited_image"),
          ("src_img", "edited_prompt_list", "edited_img"))
-CAPTIONS = tuple((image, text) for image in ("image", "file_name") for text in ("caption", "text"))
 LARGEST = 2**28                 # bytes of a tar's member that are read
 
 
@@ -61,11 +55,7 @@ class Config:
                                  f"yet.")
 
 
-def is_inside(path: Path, folder: Path) -> bool:
-    return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
-
-
-# --- Samples: (name, columns); a picture is (suffix, bytes of a tar's member or path of a file) -
+# --- Samples: (name, columns); a picture is (suffix, content) -------------------------------------
 
 def from_tar(path: Path, skipped: list[str]):
     """Neighbours of one key are a sample: 0001.jpg, 0001.txt, 0001.json; 0001.src_img.jpg has its
@@ -123,109 +113,68 @@ def keep(columns: dict, suffix: str, content: bytes) -> bool:
 def from_prompts(src: Path, skipped: list[str]):
     """InstructPix2Pix's own tree: <name>/prompt.json {"edit"}, <name>/<seed>_0.jpg ->
     <seed>_1.jpg."""
+    inside = lambda path: path.resolve().is_relative_to(src.resolve()) and path.is_file()
     for prompt in sorted(src.glob("*/prompt.json")):
-        fields = data.read_json(prompt) if is_inside(prompt, src) else {}
+        fields = data.read_json(prompt) if inside(prompt) else {}
         for before in sorted(prompt.parent.glob("*_0.jpg")):
-            yield str(before.relative_to(src)), {
-                "original_image": str(before.relative_to(src)), "edit_prompt": fields.get("edit"),
-                "edited_image": str(before.with_name(before.name[:-6] + "_1.jpg").relative_to(src))}
-
-
-def from_table(path: Path, skipped: list[str]):
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        csv.field_size_limit(2**31 - 1)
-        is_csv = path.suffix == ".csv"
-        rows = csv.DictReader(lines, strict=True) if is_csv else filter(str.strip, lines)
-        for number in itertools.count(1):
-            try:
-                line = next(rows)
-                columns = line if is_csv else json.loads(line)
-                if not isinstance(columns, dict):
-                    raise ValueError("no row")
-            except StopIteration:
-                return
-            except (ValueError, RecursionError, csv.Error) as error:
-                skipped.append(f"{path.name} row {number}: {error}")
-                continue
-            yield f"{path.name} row {number}", columns
+            name = str(before.relative_to(src))
+            after = before.with_name(before.name.removesuffix("_0.jpg") + "_1.jpg")
+            if inside(before) and inside(after):
+                yield name, {"original_image": (".jpg", before.read_bytes()),
+                             "edit_prompt": fields.get("edit"),
+                             "edited_image": (".jpg", after.read_bytes())}
+            else:
+                skipped.append(f"{name} or {after.name} is no file, or leaves the folder")
 
 
 # --- Rows -----------------------------------------------------------------------------------------
 
 def rows_of(columns: dict) -> list[tuple]:
-    """(picture, text, source or None) of a sample. Raises ValueError where something is missing."""
+    """(column of the picture, text, column of the source or None) of a sample. Raises ValueError
+    where something is missing."""
     for before, text, after in EDITS:
         if before in columns or after in columns:
             wordings = columns.get(text)
-            if isinstance(wordings, str) and wordings.startswith("["):
-                wordings = json.loads(wordings)        # a list, in a CSV
-            wordings = wordings if isinstance(wordings, list) else [wordings]
-            if not columns.get(before) or not columns.get(after) or not wordings:
-                raise ValueError(f"an edit needs {before}, {text} and {after}")
-            return [(columns[after], wording, columns[before]) for wording in wordings]
-    for image, text in CAPTIONS:
-        if columns.get(image) and text in columns:
-            return [(columns[image], columns[text], None)]
-    raise ValueError("no picture with a text")
-
-
-class Writer:
-    """Puts pictures into DIR.partial under numbers, each once, and rows into its metadata.jsonl."""
-
-    def __init__(self, src: Path, work: Path):
-        self.src, self.work, self.names, self.count, self.rows = src, work, {}, 0, 0
-        work.mkdir(parents=True)
-        self.table = open(work / "metadata.jsonl", "w", encoding="utf-8")
-
-    def picture(self, value) -> str:
-        if isinstance(value, str):                     # a path of a folder's file
-            path = self.src / value
-            suffix = path.suffix.lower()
-            if suffix not in data.SUFFIXES or "\0" in value or not is_inside(path, self.src) \
-                    or not path.is_file():
-                raise ValueError(f"{value[:200]!r} is not there, no picture, or leaves the folder")
-        elif isinstance(value, tuple):
-            (suffix, path), value = value, None
-        else:
-            raise ValueError(f"a picture is {type(value).__name__}, no path")
-        if value in self.names:
-            return self.names[value]
-        name = f"{self.count // 10_000:05d}/{self.count:09d}{suffix}"
-        (self.work / name).parent.mkdir(exist_ok=True)
-        if value is None:
-            (self.work / name).write_bytes(path)
-        else:
-            try:
-                os.link(os.path.realpath(path), self.work / name)
-            except OSError:                            # another file system
-                shutil.copyfile(path, self.work / name)
-            self.names[value] = name
-        self.count += 1
-        return name
-
-    def row(self, image, text, source):
+            rows = [(after, wording, before)
+                    for wording in (wordings if isinstance(wordings, list) else [wordings])]
+            break
+    else:
+        rows = [("image", columns.get("caption"), None)]
+    for image, text, source in rows:
         if not isinstance(text, str):
             raise ValueError("no text")
-        row = {"file_name": self.picture(image), "text": data.unicode(text)}
-        row |= {"source": self.picture(source)} if source is not None else {}
-        self.table.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rows += 1
+        if not all(isinstance(columns.get(name), tuple) for name in (image, source) if name):
+            raise ValueError("no picture")
+    return rows
 
 
 def samples(src: Path, skipped: list[str]):
     tars = sorted(src.rglob("*.tar"))
-    tables = [*sorted(src.glob("*.jsonl")), *sorted(src.glob("*.csv"))]
-    if not tars and not tables and next(src.glob("*/prompt.json"), None) is None:
-        parquet = next(src.rglob("*.parquet"), None)
-        raise data.UserError(f"--src {src} has no .tar, .jsonl, .csv or */prompt.json"
-                             + (f", but {parquet.name}: parquet has to be exported first (`python "
-                                f"notes/convert.py --help` says how)." if parquet else "."))
-    for path in (*tars, *tables):
-        if not path.is_file() or not is_inside(path, src):
-            skipped.append(f"{path.name}: no file, or a link that leaves the folder")
+    if not tars and next(src.glob("*/prompt.json"), None) is None:
+        raise data.UserError(f"--src {src} has no .tar and no */prompt.json. Tables are read by "
+                             f"data.py itself; parquet has to be exported first (`python "
+                             f"notes/convert.py --help` says how).")
+    for path in tars:
+        if path.is_file() and path.resolve().is_relative_to(src.resolve()):
+            yield from from_tar(path, skipped)
         else:
-            yield from (from_tar if path.suffix == ".tar" else from_table)(path, skipped)
+            skipped.append(f"{path.name}: no file, or a link that leaves the folder")
     yield from from_prompts(src, skipped)
+
+
+def write(work: Path, number: int, columns: dict, table) -> int:
+    """The pictures of a sample, each once, under its number; its rows; how many."""
+    rows, names = rows_of(columns), {}
+    for column in {name for image, _, source in rows for name in (image, source) if name}:
+        suffix, content = columns[column]
+        names[column] = f"{number // 10_000:05d}/{number:09d}.{column}{suffix}"
+        (work / names[column]).parent.mkdir(exist_ok=True)
+        (work / names[column]).write_bytes(content)
+    for image, text, source in rows:
+        row = {"file_name": names[image], "text": data.unicode(text)}
+        row |= {"source": names[source]} if source else {}
+        table.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return len(rows)
 
 
 @data.program
@@ -234,23 +183,23 @@ def main(argv: list[str] | None = None):
     src, out, skipped = Path(cfg.src), Path(cfg.out), []
     work = out.with_name(out.name + ".partial")
     data.remove_folder(work)                           # of a run that was killed
+    rows = 0
     try:
-        writer = Writer(src, work)
-        for name, columns in samples(src, skipped):
-            try:
-                for row in rows_of(columns):
-                    writer.row(*row)
-            except ValueError as error:
-                skipped.append(f"{name}: {error}")
-        writer.table.close()
-        data.tolerate(skipped, len(skipped) + writer.rows, cfg.max_broken, f"rows of {src}",
+        work.mkdir(parents=True)
+        with open(work / "metadata.jsonl", "w", encoding="utf-8") as table:
+            for number, (name, columns) in enumerate(samples(src, skipped)):
+                try:
+                    rows += write(work, number, columns, table)
+                except ValueError as error:
+                    skipped.append(f"{name}: {error}")
+        data.tolerate(skipped, len(skipped) + rows, cfg.max_broken, f"rows of {src}",
                       least=0)                         # one may be the rest of a tar
-        if not writer.rows:
+        if not rows:
             raise data.UserError(f"--src {src}: not one row in it.")
         os.replace(work, out)
     finally:
         data.remove_folder(work)
-    print(f"wrote {out}: {writer.rows:,} rows, {writer.count:,} pictures; {len(skipped)} left out"
+    print(f"wrote {out}: {rows:,} rows; {len(skipped)} left out"
           + "".join(f"\n    {line}" for line in skipped))
 
 

@@ -3503,21 +3503,11 @@ def test_a_tar_that_was_cut_short_gives_what_stands_before_the_cut(tmp_path, ref
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "prompts"])
-def test_edit_sets_become_edits_and_nothing_outside_is_read(kind, tmp_path):
+def test_instructpix2pix_trees_become_edits_and_nothing_outside_is_read(tmp_path):
     src, secret = tmp_path / "in", picture(tmp_path / "secret.jpg")
-    picture(src / "7/1_0.jpg"), picture(src / "7/1_1.jpg")
-    rows = [("7/1_0.jpg", "make it green", "7/1_1.jpg"), ("../secret.jpg", "x", "7/1_1.jpg"),
-            ("7/1_0.jpg", "x", str(secret)), ("7/1_0.jpg", "x", "7/gone.jpg")]
-    columns = ("original_image", "edit_prompt", "edited_image")
-    if kind == "prompts":
-        (src / "7/prompt.json").write_text('{"edit": "make it green"}')
-        (src / "7/2_0.jpg").symlink_to(secret), picture(src / "7/2_1.jpg")
-    elif kind == "csv":
-        (src / "rows.csv").write_text("\n".join(map(",".join, [columns, *rows])))
-    else:
-        lines = [json.dumps(dict(zip(columns, row))) for row in rows]
-        (src / "rows.jsonl").write_text("\n".join(lines))
+    picture(src / "7/1_0.jpg"), picture(src / "7/1_1.jpg"), picture(src / "7/3_0.jpg")
+    (src / "7/prompt.json").write_text('{"edit": "make it green"}')
+    (src / "7/2_0.jpg").symlink_to(secret), picture(src / "7/2_1.jpg")
     rows = converted(src, tmp_path / "out", "--max-broken", "1")
     assert [row["text"] for row in rows] == ["make it green"]
     for key, name in (("source", "7/1_0.jpg"), ("file_name", "7/1_1.jpg")):

@@ -6,12 +6,11 @@
     weak_pixels     Eq. 3: what a decoder gets back from frozen features, S-VAE, PS-VAE
     ladder          the guide's table "Latent Space Comparison" (the paper's Table 4)
     kl, channels    Eq. 11: sum or mean, and beta; 8 to 96 channels
-    guide_vs_paper  rectified flow, transformer blocks, cosine
+    guide_vs_paper  eps, v, rectified flow
 
-Decoders are trained until their PSNR is flat. Killed, a row resumes; one row takes over what
-another has trained. A claim counts as measured where its best variant draws: 30 dB from the
-decoder, and 70 % of the prompts right by the judge. With --page tables and figure go into the
-claim's page.
+Killed, a row resumes; one row takes over what another has trained. A claim counts as measured where
+its best variant draws: 30 dB from the decoder, and 70 % of the prompts right by the judge. With
+--page the tables, and a sheet of what each variant draws, go into the claim's page.
 """
 
 import sys
@@ -23,7 +22,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
-from notes import curves  # noqa: E402
 from notes.claims.lab import SCALES, Lab, Space  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -36,13 +34,8 @@ CLAIMS = {                      # {row: {variant: (latent space, what its DiT pr
     "kl": {"0": (Space(beta=0.0), "v"), "1e-4, mean": (Space(beta=1e-4 / 24), "v"),
            **{f"{beta:g}": (Space(beta=beta), "v") for beta in (1e-4, 1e-3, 3e-3, 1e-2)}},
     "channels": {str(z_dim): (Space(z_dim=z_dim), "v") for z_dim in (8, 16, 24, 48, 96)},
-    "guide_vs_paper": {**{predict: (Space(), predict) for predict in ("v", "eps", "flow")},
-                       "transformer": (Space(body="transformer"), "v"),
-                       "mse + cosine": (Space(semantic="mse and cosine"), "v")},
+    "guide_vs_paper": {predict: (Space(), predict) for predict in ("v", "eps", "flow")},
 }
-# The same colour for the same latent space on every page.
-COLOURS = {"Standard VAE": "tab:gray", "RAE": "tab:red", "S-VAE": "tab:orange",
-           "P-VAE": "tab:green", **dict.fromkeys(("PS-VAE", "v", "24", "0.003"), "tab:blue")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Config:
     quick: bool = False                 # the same as --scale quick
     seeds: tuple[int, ...] = (0,)       # of initialisation, order and noise
     out: str = "out/lab"                # trained parts and measurements, shared by all rows
-    page: bool = False                  # tables and figure go into notes/claims/ too
+    page: bool = False                  # tables and pictures go into notes/claims/ too
     device: str = "auto"                # auto, cpu or cuda
 
     def __post_init__(self):
@@ -91,11 +84,10 @@ def space_tables(found: dict[str, dict]) -> list[str]:
     for name, row in found.items():
         p, m = row["pixels"], row["meaning"]
         decibels = (column(p, part, "{:.2f}", 1) for part in ("psnr", "edge", "elsewhere"))
-        pixels.append([name, *decibels,
-                       column(p, "flat", "{:.0f}", 1), column(p, "seconds", "{:.0f}", 1 / 60)])
+        pixels.append([name, *decibels, column(p, "seconds", "{:.0f}", 1 / 60)])
         meaning.append([name, *(column(m, part) for part in read), column(m, "rate", "{:.1f}", 1),
                         column(m, "sigma", "{:.3f}", 1)])
-    return [table(["", "PSNR dB", "near edges", "elsewhere", "flat after", "minutes"], pixels),
+    return [table(["", "PSNR dB", "near edges", "elsewhere", "minutes"], pixels),
             table(["read from mu, %", *read, "nats a position", "sigma"], meaning)]
 
 
@@ -148,57 +140,19 @@ def into_page(page: Path, text: str):
     print(f"wrote {page}")
 
 
-# --- Figure ---------------------------------------------------------------------------------------
-
-def pyplot():
-    """matplotlib, or None where it is not installed: tables do not need it."""
-    try:
-        return curves.pyplot()
-    except data.UserError as error:
-        print(f"no figure: {error}")
-
-
-def lines(axis, found, points, **labels):
-    """A line for each variant, labelled at its end; points(row) gives each seed's [(x, y), …]."""
-    for i, (name, row) in enumerate(found.items()):
-        runs = [list(zip(*run)) for run in points(row)]
-        shortest = min(len(x) for x, _ in runs)
-        x, y = runs[0][0][:shortest], np.array([y[:shortest] for _, y in runs])
-        colour = COLOURS.get(name, f"C{i}")
-        axis.errorbar(x, y.mean(0), y.std(0), marker="o", ms=3, capsize=2, color=colour)
-        axis.annotate(f" {name}", (x[-1], y.mean(0)[-1]), color=colour, fontsize=8)
-    axis.margins(x=0.25)
-    axis.set(**labels)
-
-
 def figure(lab: Lab, found: dict[str, dict], path: Path, count=8):
-    """Decibels and prompts against steps; below, for eight held-out prompts, what each variant
-    draws."""
-    plt = pyplot()
-    if plt is None:
-        return
-    draws = all("drawn" in row for row in found.values())
-    fig = plt.figure(figsize=(11, 3.6 + 0.9 * (len(found) + 1)), layout="constrained")
-    above, below = fig.subfigures(2, 1, height_ratios=(3.6, 0.9 * (len(found) + 1)))
-    axes = above.subplots(1, 1 + draws, squeeze=False)[0]
-    lines(axes[0], found, lambda row: [run["curve"] for run in row["pixels"]],
-          xlabel="steps of stage 2", title="PSNR of reconstructions, dB")
-    if draws:
-        lines(axes[1], found, lambda row: [[(int(mark), 100 * run[mark]["right"]) for mark in run
-                                            if mark.isdigit()] for run in row["drawn"]],
-              xlabel="steps of stage 3", title="prompts right by the judge, %", ylim=(0, 105))
+    """The first held-out pictures, and what each variant draws for their prompts (or, where there
+    is no DiT, gives back of them)."""
     first = slice(lab.pictures.test.start, lab.pictures.test.start + count)
-    rows, names = [list(data.to_uint8(lab.pictures.x(first)))], ["true", *found]
-    for row in found.values():
+    rows, said = [list(data.to_uint8(lab.pictures.x(first)))], ["true"]
+    for name, row in found.items():
         space, predict = row["of"]
-        z = (lab.generate(space, predict, count=count) if draws
+        z = (lab.generate(space, predict, count=count) if "drawn" in row
              else lab.posterior(space, first)[0])
         rows.append(list(data.to_uint8(lab.decode(space, z))))
-    axis = below.subplots()
-    axis.imshow(data.grid(rows))
-    side = axis.images[0].get_array().shape[0] / len(rows)
-    axis.set(xticks=[], yticks=[(i + 0.5) * side for i in range(len(rows))], yticklabels=names)
-    curves.save(fig, path)
+        said.append(name)
+    data.save_png(data.grid(rows, [[name] for name in said]), path)
+    print(f"wrote {path}")
 
 
 # --- A row ----------------------------------------------------------------------------------------

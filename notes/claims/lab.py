@@ -37,7 +37,6 @@ from sample import ddim, sampling_times  # noqa: E402
 VERSION = 5            # goes up when the same settings would train something else
 SAVE_EVERY = 60        # seconds between checkpoints of a part
 T, BETAS, GRID = 1000, (1e-4, 0.02), 4
-FLAT = 0.1             # dB: a decoder is flat when its last three marks gain less than this
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Scale:
     held_out: int               # that measure everything, and whose captions are the prompts
     widths: tuple[int, ...]     # of the pixel decoder
     stage_1: tuple              # S-VAE: steps, batch, peak learning rate
-    stage_2: tuple              # steps at most, batch, peak learning rate; steps between marks
+    stage_2: tuple              # decoders: steps, batch, peak learning rate
     stage_3: tuple              # DiT: steps, batch, peak learning rate
     dit: tuple                  # its width, depth, heads
     prompts: int                # pictures drawn a measurement
@@ -56,11 +55,11 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(8000, 400, (96, 64, 32, 16), (600, 64, 2e-3), (12_000, 16, 1e-3, 500),
+    "cpu": Scale(8000, 400, (96, 64, 32, 16), (600, 64, 2e-3), (8000, 16, 1e-3),
                  (6000, 64, 2e-3), (128, 4, 4), 200, (25, 3.0, 1.0)),
-    "gpu": Scale(40_000, 2000, (128, 128, 64, 32), (2000, 256, 2e-3), (40_000, 128, 1e-3, 1000),
+    "gpu": Scale(40_000, 2000, (128, 128, 64, 32), (2000, 256, 2e-3), (20_000, 128, 1e-3),
                  (30_000, 256, 1e-3), (384, 6, 6), 2000, (50, 3.0, 1.0)),
-    "quick": Scale(64, 16, (8, 8, 8, 8), (2, 8, 1e-3), (4, 4, 1e-3, 1), (2, 4, 1e-3), (16, 1, 1), 8,
+    "quick": Scale(64, 16, (8, 8, 8, 8), (2, 8, 1e-3), (4, 4, 1e-3), (2, 4, 1e-3), (16, 1, 1), 8,
                    (2, 3.0, 1.0), (1.0,)),
 }
 # The part of the scale that a trained part depends on (a measurement: all of it).
@@ -75,8 +74,6 @@ class Space:
     kind: str = "psvae"         # vae, rae, svae, pvae or psvae
     z_dim: int = 24             # channels (rae: those of the features)
     beta: float = 3e-3          # weight of Eq. 11, a sum over channels; for the mean: beta / z_dim
-    body: str = "mlp"           # of projector and semantic decoder, see BODIES
-    semantic: str = "mse"       # mse, or the paper's mse and cosine
     seed: int = 0
 
 
@@ -170,46 +167,6 @@ class ConvEncoder(nn.Module):
         return mu, log_var.clamp(-30, 20)
 
 
-class Blocks(nn.Module):
-    """The paper's three transformer blocks over the cells of the grid; (B, h, w, d) -> the same."""
-
-    def __init__(self, d: int):
-        super().__init__()
-        self.position = nn.Parameter(torch.randn(1, GRID * GRID, d) * 0.02)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(d, d // 32, 4 * d, 0.0, "gelu", batch_first=True,
-                                       norm_first=True) for _ in range(3))
-
-    def forward(self, h):
-        h, shape = h.flatten(1, 2) + self.position, h.shape
-        for block in self.blocks:
-            h = block(h)
-        return h.view(shape)
-
-
-class TransformerProjector(nn.Module):
-    def __init__(self, d: int, z_dim: int):
-        super().__init__()
-        self.body = nn.Sequential(Blocks(d), nn.LayerNorm(d), nn.Linear(d, 2 * z_dim))
-
-    def forward(self, f):
-        mu, log_var = self.body(f).chunk(2, -1)
-        return mu, log_var.clamp(-30, 20)
-
-
-def transformer_decoder(d: int, z_dim: int):
-    return nn.Sequential(nn.Linear(z_dim, d), Blocks(d), nn.LayerNorm(d), nn.Linear(d, d))
-
-
-BODIES = {"mlp": (psvae.Projector, psvae.SemanticDecoder),
-          "transformer": (TransformerProjector, transformer_decoder)}
-
-
-def cosine(f_hat, f):
-    """What the paper adds to Eq. 16."""
-    return (1 - F.cosine_similarity(f_hat, f, dim=-1)).mean()
-
-
 class Autoencoder(nn.Module):
     """A space's encoder and decoders: encode(x, f) -> mu, log_var. f are the frozen features of x,
     normalised per channel for the RAE. Only vae, pvae and psvae train what encodes."""
@@ -219,15 +176,14 @@ class Autoencoder(nn.Module):
         self.kind, self.trains = space.kind, space.kind in ("vae", "pvae", "psvae")
         self.register_buffer("f_mean", f_mean)
         self.register_buffer("f_std", f_std)
-        projector, semantic_decoder = BODIES[space.body]
         if space.kind == "vae":
             self.encoder = ConvEncoder(space.z_dim, widths[::-1])
         if space.kind in ("pvae", "psvae"):
             self.encoder = copy.deepcopy(encoder).requires_grad_(True)
             self.encoder.network.embeddings.mask_token.requires_grad_(False)
         if space.kind not in ("vae", "rae"):
-            self.projector = projector(encoder.dim, space.z_dim)
-            self.semantic_decoder = semantic_decoder(encoder.dim, space.z_dim)
+            self.projector = psvae.Projector(encoder.dim, space.z_dim)
+            self.semantic_decoder = psvae.SemanticDecoder(encoder.dim, space.z_dim)
         self.pixel_decoder = psvae.PixelDecoder(space.z_dim, widths)
 
     def encode(self, x, f):
@@ -263,39 +219,26 @@ def replace_file(path: Path, write):
     os.replace(partial, path)
 
 
-def is_flat(curve: list) -> bool:
-    """Whether the last three of [(step, dB), …] gain less than FLAT over those before."""
-    values = [value for _, value in curve]
-    return len(values) >= 6 and max(values[-3:]) < max(values[:-3]) + FLAT
-
-
 @torch.enable_grad()           # measurements, which need no gradient, may ask for the training
 def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, decay=0.01, marks=(),
-        score=None, every=0, say=""):
+        say=""):
     """Trains in place, from where `path` stops; loss_of(step) is the loss of its batch.
 
-    The rate falls along a cosine over `steps`. With a score it stays at its peak until the score,
-    taken `every` so many steps, is flat (at the latest at four fifths of `steps`), and then falls
-    to 0 over a quarter of the steps so far. Keeps everything in `path`, every SAVE_EVERY seconds
-    and at the end. Returns {seconds, step, curve, snapshots at marks, flat: where it was flat}.
+    Keeps everything in `path`, every SAVE_EVERY seconds and at the end. Returns {seconds, step,
+    snapshots at marks}.
     """
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay,
                                   fused=True)
-    kept = {"step": 0, "seconds": 0.0, "snapshots": {}, "curve": [], "flat": 0, "stop": steps}
+    kept = {"step": 0, "seconds": 0.0, "snapshots": {}}
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(kept["model"])
-        if kept["step"] < kept["stop"]:
+        if kept["step"] < steps:
             optimizer.load_state_dict(kept["optimizer"])
-    begin, saved, warmup = clock(device) - kept["seconds"], time.monotonic(), min(50, steps // 10)
-    while (step := kept["step"]) < kept["stop"]:
-        rate = data.learning_rate(step, steps, warmup, peak)
-        if score:
-            falls = kept["flat"] or steps * 4 // 5
-            left = (kept["stop"] - step) / max(1, kept["stop"] - falls)
-            rate = peak * min(1, (step + 1) / max(1, warmup), left)
+    begin, saved = clock(device) - kept["seconds"], time.monotonic()
+    for step in range(kept["step"], steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = data.learning_rate(step, steps, min(50, steps // 10), peak)
         loss = loss_of(step)
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
@@ -304,18 +247,14 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
         done = kept["step"] = step + 1
         if done in marks:
             kept["snapshots"][done] = copy.deepcopy(model.state_dict())
-        if score and (done % every == 0 or done == kept["stop"]):
-            kept["curve"].append((done, score()))
-            if not kept["flat"] and is_flat(kept["curve"]) and done < steps * 4 // 5:
-                kept["flat"], kept["stop"] = done, done + max(1, done // 4)
-        if done == kept["stop"] or time.monotonic() - saved > SAVE_EVERY:
+        if done == steps or time.monotonic() - saved > SAVE_EVERY:
             if not torch.isfinite(loss):
                 raise data.UserError(f"{path.name}: the loss is {loss.item()} at step {done}")
             kept |= {"seconds": clock(device) - begin, "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict() if done < kept["stop"] else {}}
+                     "optimizer": optimizer.state_dict() if done < steps else {}}
             replace_file(path, lambda partial: torch.save(kept, partial))
             saved = time.monotonic()
-            print(f"  {say} step {done:,} of {kept['stop']:,}, loss {loss.item():.4f}, "
+            print(f"  {say} step {done:,} of {steps:,}, loss {loss.item():.4f}, "
                   f"{kept['seconds']:.0f} s", file=sys.stderr, flush=True)
     return kept
 
@@ -407,18 +346,17 @@ class Lab:
             z = psvae.reparameterize(mu, log_var, eps)
             f_hat = model.semantic_decoder(z)
             # Eq. 8: L_S-VAE = L_semantic + beta * L_KL
-            loss = psvae.semantic_loss(f_hat, f) + space.beta * psvae.kl_divergence(mu, log_var)
-            return loss + (cosine(f_hat, f) if space.semantic == "mse and cosine" else 0)
+            return psvae.semantic_loss(f_hat, f) + space.beta * psvae.kl_divergence(mu, log_var)
 
         first = replace(space, kind="svae")         # one stage 1 for all kinds that begin with it
         fit(self.path("stage1", first), parts, [{"params": list(parts.parameters())}], steps, peak,
             loss_of, self.device, say=f"stage 1 for {space.kind} seed {space.seed}")
 
     def autoencoder(self, space: Space) -> Autoencoder:
-        """The trained encoder and decoders of a space, in eval mode; `.curve` holds (step, dB)."""
+        """The trained encoder and decoders of a space, in eval mode; `.seconds` it took."""
         if space in self.models:
             return self.models[space]
-        most, batch, peak, every = self.scale.stage_2
+        steps, batch, peak = self.scale.stage_2
         torch.manual_seed(space.seed)
         pictures = self.pictures
         train = pictures.f[pictures.train].double().flatten(0, 2)
@@ -428,7 +366,7 @@ class Lab:
         if not path.exists() and hasattr(model, "projector"):
             self.stage_1(space, model)
         model.pixel_decoder.to(memory_format=torch.channels_last)
-        alpha, beta = float(space.kind == "psvae"), space.beta if model.trains else 0.0
+        beta = space.beta if model.trains else 0.0
 
         def loss_of(step):
             rows = self.rows(space.seed, "lab 2", step, batch)
@@ -436,25 +374,16 @@ class Lab:
             mu, log_var = model.encode(x, f)
             eps = self.randn(space.seed, "lab 2", step, "eps", mu.shape)
             z = psvae.reparameterize(mu, log_var, eps)
-            # Eq. 15 with this row's weights; beta grows over the first eighth, as in the tiny
-            # preset
+            # Eq. 15 with this row's weights; beta grows over the first eighth
             loss = psvae.pixel_loss(model.pixel_decoder(z), x)
-            loss = loss + min(1, 8 * (step + 1) / most) * beta * psvae.kl_divergence(mu, log_var)
-            if alpha:
-                f_hat = model.semantic_decoder(z)
-                loss = loss + psvae.semantic_loss(f_hat, f)
-                loss = loss + (cosine(f_hat, f) if space.semantic == "mse and cosine" else 0)
+            loss = loss + min(1, 8 * (step + 1) / steps) * beta * psvae.kl_divergence(mu, log_var)
+            if space.kind == "psvae":
+                loss = loss + psvae.semantic_loss(model.semantic_decoder(z), f)
             return loss
 
-        @torch.no_grad()
-        def score():
-            rows = slice(pictures.test.start, pictures.test.start + 200)
-            x = pictures.x(rows)
-            return psnr(model.pixel_decoder(model.encode(x, pictures.f[rows])[0]), x).mean().item()
-
-        kept = fit(path, model, model.trained(), most, peak, loss_of, self.device, score=score,
-                   every=every, say=f"stage 2 {space.kind} seed {space.seed}")
-        model.seconds, model.curve, model.flat = kept["seconds"], kept["curve"], kept["flat"]
+        kept = fit(path, model, model.trained(), steps, peak, loss_of, self.device,
+                   say=f"stage 2 {space.kind} seed {space.seed}")
+        model.seconds = kept["seconds"]
         self.models[space] = model.eval()
         return model
 
@@ -536,7 +465,7 @@ class Lab:
             x_hat, edge = self.decode(space, self.posterior(space, pictures.test)[0]), near_edges(x)
             part = lambda where: psnr(x_hat, x, where).nanmean().item()
             return {"psnr": part(None), "edge": part(edge), "elsewhere": part(~edge),
-                    "curve": model.curve, "flat": model.flat, "seconds": model.seconds}
+                    "seconds": model.seconds}
         return self.kept("pixels", compute, space)
 
     def meaning(self, space: Space) -> dict:

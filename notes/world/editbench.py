@@ -129,8 +129,8 @@ def evaluate(edit, triples, seed=0, batch=128, keep=48):
     seed + k.
 
     Returns {"seen", "heldout", "kinds": {kind: …}: each {"obeyed", "kept", "both": {"score",
-    "interval", "prompts"}, "edits"}, "unreadable", "seconds", "seed", "failures": [(text, [source,
-    result, target], what is wrong)]}.
+    "interval", "prompts"}, "edits"}, "unreadable", "seconds", "seed", "failures": [([source,
+    result, target], [the instruction, what is wrong])]}.
     """
     good, unreadable, failures, began = [], 0, [], time.perf_counter()
     for start in range(0, len(triples), batch):
@@ -145,8 +145,7 @@ def evaluate(edit, triples, seed=0, batch=128, keep=48):
             if not (obeyed and kept):
                 wrong = " and ".join(["not obeyed"] * (not obeyed) + ["not kept"] * (not kept))
                 pictures = [source, result, draw(t["target"])]
-                failures.append((f"[{t['kind']}] {t['instruction']}", pictures,
-                                 f"{wrong}: {brief(facts)}"))
+                failures.append((pictures, [t["instruction"], f"{wrong}: {brief(facts)}"]))
     good = np.array(good, float)
 
     def part(which):
@@ -201,7 +200,7 @@ def main():
                  f"seed {seed}")
         print(f"\n{name}: {title}\n{report(result)}", flush=True)
         results.append({"model": name, "title": title, **result})
-    save(results, shown, args.out)
+    save(results, shown, args.out, ["source", "result", "a right answer"])
 
 
 if __name__ == "__main__":

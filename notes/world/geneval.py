@@ -23,7 +23,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from notes.world.judge import check, read  # noqa: E402
@@ -191,37 +190,6 @@ def brief(facts):
     return ", ".join(f"{k} x {name}" if k > 1 else name for name, k in names.items()) or "nothing"
 
 
-def gallery(cells, columns=8, side=2 * CANVAS):
-    """A page of [(text above, [pictures side by side], text below)]."""
-    if not cells:
-        return Image.new("RGB", (side, side), "white")
-    font = ImageFont.load_default(11)
-    width = max(len(pictures) for _, pictures, _ in cells) * (side + 4) + 8
-    columns = max(1, min(columns, len(cells), 1280 // width))
-
-    def wrap(text):
-        lines = [""]
-        for word in text.split():
-            if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width - 8:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        return "\n".join(lines)
-
-    cells = [(wrap(above), pictures, wrap(below)) for above, pictures, below in cells]
-    head, foot = (14 * max(cell[k].count("\n") + 1 for cell in cells) + 4 for k in (0, 2))
-    height = head + side + foot + 6
-    page = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
-    pen = ImageDraw.Draw(page)
-    for k, (above, pictures, below) in enumerate(cells):
-        x, y = k % columns * width + 4, k // columns * height
-        pen.text((x, y), above, fill="black", font=font, spacing=1)
-        pen.text((x, y + head + side), below, fill=(170, 30, 30), font=font, spacing=1)
-        for i, picture in enumerate(pictures):
-            big = Image.fromarray(picture).resize((side, side), Image.NEAREST)
-            page.paste(big, (x + i * (side + 4), y + head))
-    return page
-
-
 # --- The model that sample.py would take ----------------------------------------------------------
 
 def parser_of(doc, settings, out):
@@ -259,13 +227,17 @@ def load(args):
     return pipeline, f"{folder}, step {pipeline.step:,}", settings
 
 
-def save(results, failures, out):
-    """The numbers as JSON, the failures as a picture beside it."""
+def save(results, failures, out, heads=None):
+    """The numbers as JSON; the failures, [([picture, …], [text under it, …])], as a sheet beside
+    it."""
+    import data
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    gallery(failures).save(out.with_suffix(".png"))
-    print(f"wrote {out} and {out.with_suffix('.png')}")
+    print(f"wrote {out}")
+    if failures:
+        data.save_png(data.grid(*map(list, zip(*failures)), heads, least=2 * CANVAS),
+                      out.with_suffix(".png"))
 
 
 def main():
@@ -288,7 +260,8 @@ def main():
         print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}\n"
               f"{report(result)}", flush=True)
         results.append({"model": name, "guidance": guidance, "steps": steps, "eta": eta, **result})
-    save(results, [(text, [picture], brief(facts)) for text, picture, facts in failures], args.out)
+    cells = [(picture, f"{text}. Seen: {brief(facts)}") for text, picture, facts in failures]
+    save(results, [tuple(zip(*cells[i:i + 8])) for i in range(0, len(cells), 8)], args.out)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
-"""Turns archives that other people have into a folder that data.py reads.
+"""Turns pictures whose texts stand in .json files into a folder that data.py reads.
 
     python notes/convert.py --src SRC --out DIR        then: python data.py --data DIR
 
     SRC holds                                    what becomes a row
-    *.tar (img2dataset, WebDataset)              key.jpg with key.txt, or with "caption" in key.json
-    the same with key.src_img.jpg and so on      an edit: src_img, edited_prompt_list, edited_img
+    key.jpg with "caption" in key.json           a caption
+    key.src_img.jpg and so on, beside key.json   an edit: src_img, edited_prompt_list, edited_img
                                                  (OmniEdit; each wording is a row), or
                                                  original_image, edit_prompt, edited_image
     */prompt.json beside <seed>_0.jpg, _1.jpg    an edit: InstructPix2Pix's own download (its
                                                  seeds.json is not needed)
 
-A table with paths of pictures needs none of this: called metadata.jsonl or metadata.csv, data.py
-reads it with the columns above. What the hub has as parquet is not read: save its pictures and
-such a table by the library `datasets`.
+Tars (img2dataset, WebDataset) are unpacked first: `for t in *.tar; do tar xf $t -C SRC; done`; with
+key.txt beside key.jpg data.py reads SRC as it is. It also reads a table with paths of pictures,
+called metadata.jsonl or metadata.csv, with the columns above. What the hub has as parquet is not
+read: save its pictures and such a table by the library `datasets`.
 
-A tar that was cut short gives what stands before the cut. Whatever is left out is counted and
-named; more than --max-broken of it is an error. Nothing outside SRC is read, no name out of a tar
-is used as a path, and DIR is whole or not there. Pictures are not opened here (data.py tells which
-are broken).
+Whatever is left out is counted and named; more than --max-broken of it is an error. Nothing outside
+SRC is read, and DIR is whole or not there. Pictures are not opened here (data.py tells which are
+broken).
 """
 
 import json
-import lzma
 import os
-import posixpath
+import shutil
 import sys
-import tarfile
-import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +35,6 @@ import data  # noqa: E402
 
 EDITS = (("original_image", "edit_prompt", "edited_image"),
          ("src_img", "edited_prompt_list", "edited_img"))
-LARGEST = 2**28                 # bytes of a tar's member that are read
 
 
 @dataclass(frozen=True)
@@ -55,151 +52,93 @@ class Config:
                                  f"yet.")
 
 
-# --- Samples: (name, columns); a picture is (suffix, content) -------------------------------------
-
-def from_tar(path: Path, skipped: list[str]):
-    """Neighbours of one key are a sample: 0001.jpg, 0001.txt, 0001.json; 0001.src_img.jpg has its
-    column."""
-    key, columns = None, {}
-    try:
-        with open(path, "rb") as file:
-            plain = file.read(512)[257:262] == b"ustar"
-            file.seek(max(0, path.stat().st_size - 1024))
-            cut = plain and any(file.read())           # a whole tar ends in two empty blocks
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, name = posixpath.split(member.name)
-                stem, _, suffix = name.partition(".")
-                if not member.isfile() or not stem:    # links and devices, too
-                    if not member.isdir():
-                        skipped.append(f"{path.name}: {member.name!r} is no file")
-                    continue
-                if (folder, stem) != key:
-                    if columns:
-                        yield f"{path.name}: {key[1]!r}", columns
-                    key, columns = (folder, stem), {}
-                if member.size > LARGEST:
-                    skipped.append(f"{path.name}: {member.name!r} is too large: "
-                                   f"{data.human(member.size)}")
-                elif not keep(columns, suffix.lower(), tar.extractfile(member).read()):
-                    skipped.append(f"{path.name}: {member.name!r} cannot be read as JSON")
-    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
-        after = repr(key[1]) if key else "nothing"
-        skipped.append(f"{path.name} is cut short or damaged after {after} ({error})")
-        return                              # what came before is kept, the sample at the cut is not
-    if cut:
-        skipped.append(f"{path.name} is cut short after {repr(key[1]) if key else 'nothing'}")
-    if columns:
-        yield f"{path.name}: {key[1]!r}", columns
+def is_inside(path: Path, src: Path) -> bool:
+    return path.is_file() and path.resolve().is_relative_to(src.resolve())
 
 
-def keep(columns: dict, suffix: str, content: bytes) -> bool:
-    column, _, kind = suffix.rpartition(".")
-    if f".{kind}" in data.SUFFIXES:
-        columns[column or "image"] = (f".{kind}", content)
-    elif kind == "txt":
-        columns[column or "caption"] = content.decode("utf-8", "replace")
-    elif kind == "json":
-        try:
-            fields = json.loads(content)
-        except (ValueError, RecursionError):
-            return False
-        if isinstance(fields, dict):                   # a picture or a .txt beside it goes before
-            for name, value in fields.items():
-                columns.setdefault(name, value)
-    return True
+def samples(src: Path):
+    """(name, columns) of each sample; a picture is its path."""
+    read = lambda path: data.read_json(path) if is_inside(path, src) else {}
+    for folder, folders, names in os.walk(src):
+        folders.sort()
+        folder, pictures = Path(folder), defaultdict(dict)
+        for name in names:                              # 0001.jpg, 0001.src_img.jpg
+            path = folder / name
+            key, _, column = path.stem.partition(".")
+            if path.suffix.lower() in data.SUFFIXES:
+                pictures[key][column or "image"] = path
+        if "prompt.json" in names:
+            text = read(folder / "prompt.json").get("edit")
+            for key in sorted(key for key in pictures if key.endswith("_0")):
+                yield str(folder / key), {
+                    "original_image": pictures[key].get("image"), "edit_prompt": text,
+                    "edited_image": pictures.get(f"{key[:-2]}_1", {}).get("image")}
+            continue
+        for name in sorted(names):
+            key, _, suffix = name.partition(".")
+            if suffix == "json" and key in pictures:
+                yield str(folder / key), read(folder / name) | pictures[key]
 
 
-def from_prompts(src: Path, skipped: list[str]):
-    """InstructPix2Pix's own tree: <name>/prompt.json {"edit"}, <name>/<seed>_0.jpg ->
-    <seed>_1.jpg."""
-    inside = lambda path: path.resolve().is_relative_to(src.resolve()) and path.is_file()
-    for prompt in sorted(src.glob("*/prompt.json")):
-        fields = data.read_json(prompt) if inside(prompt) else {}
-        for before in sorted(prompt.parent.glob("*_0.jpg")):
-            name = str(before.relative_to(src))
-            after = before.with_name(before.name.removesuffix("_0.jpg") + "_1.jpg")
-            if inside(before) and inside(after):
-                yield name, {"original_image": (".jpg", before.read_bytes()),
-                             "edit_prompt": fields.get("edit"),
-                             "edited_image": (".jpg", after.read_bytes())}
-            else:
-                skipped.append(f"{name} or {after.name} is no file, or leaves the folder")
-
-
-# --- Rows -----------------------------------------------------------------------------------------
-
-def rows_of(columns: dict) -> list[tuple]:
-    """(column of the picture, text, column of the source or None) of a sample. Raises ValueError
-    where something is missing."""
+def rows_of(columns: dict, src: Path) -> list[tuple]:
+    """(picture, text, source or None) of a sample. Raises ValueError where something is missing."""
+    rows = [(columns.get("image"), columns.get("caption"), None)]
     for before, text, after in EDITS:
         if before in columns or after in columns:
-            wordings = columns.get(text)
-            rows = [(after, wording, before)
-                    for wording in (wordings if isinstance(wordings, list) else [wordings])]
-            break
-    else:
-        rows = [("image", columns.get("caption"), None)]
+            said = columns.get(text)
+            rows = [(columns.get(after), wording, columns.get(before))
+                    for wording in (said if isinstance(said, list) else [said])]
+            if not isinstance(columns.get(before), Path):
+                raise ValueError("an edit without its source")
     for image, text, source in rows:
-        if not isinstance(text, str):
-            raise ValueError("no text")
-        if not all(isinstance(columns.get(name), tuple) for name in (image, source) if name):
-            raise ValueError("no picture")
+        if not isinstance(text, str) or not isinstance(image, Path):
+            raise ValueError("no text" if isinstance(image, Path) else "no picture")
+        for path in (image, source):
+            if path and not is_inside(path, src):
+                raise ValueError(f"{path.name} is no file, or a link that leaves the folder")
     return rows
 
 
-def samples(src: Path, skipped: list[str]):
-    tars = sorted(src.rglob("*.tar"))
-    if not tars and next(src.glob("*/prompt.json"), None) is None:
-        raise data.UserError(f"--src {src} has no .tar and no */prompt.json. Tables are read by "
-                             f"data.py itself; parquet has to be exported first (`python "
-                             f"notes/convert.py --help` says how).")
-    for path in tars:
-        if path.is_file() and path.resolve().is_relative_to(src.resolve()):
-            yield from from_tar(path, skipped)
-        else:
-            skipped.append(f"{path.name}: no file, or a link that leaves the folder")
-    yield from from_prompts(src, skipped)
-
-
-def write(work: Path, number: int, columns: dict, table) -> int:
-    """The pictures of a sample, each once, under its number; its rows; how many."""
-    rows, names = rows_of(columns), {}
-    for column in {name for image, _, source in rows for name in (image, source) if name}:
-        suffix, content = columns[column]
-        names[column] = f"{number // 10_000:05d}/{number:09d}.{column}{suffix}"
-        (work / names[column]).parent.mkdir(exist_ok=True)
-        (work / names[column]).write_bytes(content)
+def write(work: Path, number: int, rows: list[tuple], table):
+    """The pictures of a sample under its number, each once, and its rows."""
+    names = {}
+    for path in dict.fromkeys(path for row in rows for path in (row[0], row[2]) if path):
+        name = f"{number // 10_000:05d}/{number:09d}_{len(names)}{path.suffix.lower()}"
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, work / name)
+        names[path] = name
     for image, text, source in rows:
         row = {"file_name": names[image], "text": data.unicode(text)}
         row |= {"source": names[source]} if source else {}
         table.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return len(rows)
 
 
 @data.program
 def main(argv: list[str] | None = None):
     cfg = Config(**data.read_flags(Config, argv, __doc__))
-    src, out, skipped = Path(cfg.src), Path(cfg.out), []
+    src, out, skipped, count = Path(cfg.src), Path(cfg.out), [], 0
     work = out.with_name(out.name + ".partial")
     data.remove_folder(work)                           # of a run that was killed
-    rows = 0
     try:
         work.mkdir(parents=True)
         with open(work / "metadata.jsonl", "w", encoding="utf-8") as table:
-            for number, (name, columns) in enumerate(samples(src, skipped)):
+            for number, (name, columns) in enumerate(samples(src)):
                 try:
-                    rows += write(work, number, columns, table)
+                    rows = rows_of(columns, src)
                 except ValueError as error:
                     skipped.append(f"{name}: {error}")
-        data.tolerate(skipped, len(skipped) + rows, cfg.max_broken, f"rows of {src}",
-                      least=0)                         # one may be the rest of a tar
-        if not rows:
-            raise data.UserError(f"--src {src}: not one row in it.")
+                else:
+                    write(work, number, rows, table)
+                    count += len(rows)
+        data.tolerate(skipped, len(skipped) + count, cfg.max_broken, f"rows of {src}")
+        if not count:
+            raise data.UserError(f"--src {src}: not one picture with a text in a .json beside it. "
+                                 f"`python notes/convert.py --help` says what is read; parquet "
+                                 f"has to be exported first.")
         os.replace(work, out)
     finally:
         data.remove_folder(work)
-    print(f"wrote {out}: {rows:,} rows; {len(skipped)} left out"
+    print(f"wrote {out}: {count:,} rows; {len(skipped)} left out"
           + "".join(f"\n    {line}" for line in skipped))
 
 

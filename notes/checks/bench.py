@@ -3,14 +3,12 @@ installed.
 
     python notes/checks/bench.py                      full preset on CUDA, tiny on a CPU
     python notes/checks/bench.py --only dit --size XL --batch 64 --memory-cap 24   fits 24 GB?
-    python notes/checks/bench.py --only svae psvae dit --sync-check      waits it for the card?
     python notes/checks/bench.py --only path          all of the full preset, 2 steps each
 
-Parts: loading (pictures/s, against torchvision's ImageFolder), svae, psvae, dit (the real programs
-on the real folder: steps/s, pictures/s, utilisation, peak memory), picture (prompt to picture),
-train and ddim (the DiT alone, against diffusers' PixArtTransformer2DModel of the same width, depth,
-tokens and text, and its DDIMScheduler), path (not by default). dit and picture need what psvae
-leaves in --work.
+Parts: svae, psvae, dit (the real programs on the real folder: steps/s, pictures/s, utilisation,
+peak memory), picture (prompt to picture), train and ddim (the DiT alone, against diffusers'
+PixArtTransformer2DModel of the same width, depth, tokens and text, and its DDIMScheduler), path
+(not by default). dit and picture need what psvae leaves in --work.
 
 What pretrained weights do to memory and speed depends on their sizes alone, so DINOv2 and T5 are
 built from their configs with random weights: no download. Competitors take turns, the order turning
@@ -27,7 +25,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +41,7 @@ import sample  # noqa: E402
 import svae  # noqa: E402
 from notes.tiny import pretrain_tiny  # noqa: E402
 
-PARTS = ("loading", "svae", "psvae", "dit", "picture", "train", "ddim")
+PARTS = ("svae", "psvae", "dit", "picture", "train", "ddim")
 CUDA = torch.cuda.is_available()
 # as in the config.json of facebook/dinov2-*: width, layers, heads; giant has the gated feed-forward
 IMAGE = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16),
@@ -167,40 +164,6 @@ def matrix_rate(device, dtype, n: int) -> float:
     return 2 * n ** 3 / max(best, 1e-9)
 
 
-# --- Reading pictures -----------------------------------------------------------------------------
-
-def loading(args, pictures: str):
-    """All of the folder, cropped, flipped and scaled at random, in batches: pictures/s."""
-    size, batch = args.image_size, 32
-    folder, _ = data.read_folder(pictures)
-    count = len(folder.images) // batch * batch
-
-    def ours():
-        keys = lambda step: [(i, i) for i in range(step * batch, (step + 1) * batch)]
-        return data.batches(data.Pictures(folder, size), keys, 0, count // batch, args.workers)
-    competitors = {"ours": ours}
-    with contextlib.suppress(Exception):        # no torchvision, or one that fits another torch
-        from torchvision import datasets, transforms as t
-        imagenet = datasets.ImageFolder(str(folder.root), t.Compose([
-            t.RandomResizedCrop(size, scale=(0.5, 1)), t.RandomHorizontalFlip(), t.ToTensor(),
-            t.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]))
-        imagenet.samples = imagenet.samples[:count]
-        competitors["torchvision"] = lambda: torch.utils.data.DataLoader(
-            imagenet, batch, shuffle=True, num_workers=args.workers)
-    # workers start before the clock; their CPU time is not this process's, so the clock is the
-    # wall's
-    seconds = {name: [] for name in competitors}
-    for number in range(args.runs):
-        for name, stream in competitors.items() if number % 2 else reversed(competitors.items()):
-            batches = iter(stream())
-            next(batches)
-            begin = time.perf_counter()
-            assert sum(1 for _ in batches) == count // batch - 1
-            seconds[name].append(time.perf_counter() - begin)
-    compare(f"loading, {size} px, {args.workers} workers, JPEGs of 500 x 375", seconds,
-            count - batch, "pictures/s")
-
-
 # --- The stages as they are run -------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -234,25 +197,20 @@ def stage(args, name: str, program, argv: list[str], device):
         counter.__enter__() if step == 1 else counter.__exit__(None, None, None)
 
     def mark(step):
-        if args.sync_check and CUDA:                    # from here to the next step
-            torch.cuda.set_sync_debug_mode("warn" if step < total else "default")
         if step >= args.warm and (step - args.warm) % args.window == 0:
             marks.append(now(device))
-    with warnings.catch_warnings(record=True) as caught, contextlib.ExitStack() as stack:
-        warnings.simplefilter("always")
-        encode = psvae.write_latents
-        psvae.write_latents = lambda *_: None           # once is enough
-        stack.callback(setattr, psvae, "write_latents", encode)
+    encode = psvae.write_latents
+    psvae.write_latents = lambda *_: None               # once is enough
+    try:
         with every_step(count):
             code = program([*argv, "--steps", "2", "--no-compile"])
+    finally:
         psvae.write_latents = encode
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        if code == 0:
-            with every_step(mark):
-                code = program([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
     if CUDA:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.reset_peak_memory_stats()
+    if code == 0:
+        with every_step(mark):
+            code = program([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
     if len(marks) <= args.runs:
         limit = f" in {args.memory_cap:g} GB" if args.memory_cap else ""
         return print(f"{name}, {args.preset}: does not run{limit} (exit code {code})", flush=True)
@@ -263,11 +221,6 @@ def stage(args, name: str, program, argv: list[str], device):
     print(f"{name}, {args.preset}, batch {config['batch']}: {rate:.4g} steps/s, "
           f"{rate * config['batch']:.4g} pictures/s, {flops / config['batch'] / 1e9:.4g} GFLOP a "
           f"picture, utilisation {flops * rate / args.rate:.1%}{memory}", flush=True)
-    if args.sync_check:
-        where = {f"{Path(w.filename).name}:{w.lineno}" for w in caught
-                 if "synchroniz" in str(w.message)}
-        said = ", ".join(sorted(where)) or "none" if CUDA else "no card here"
-        print(f"  waits for the card inside a step: {said}", flush=True)
 
 
 def stages(args, image_encoder: str, text_encoder: str, pictures: str, device):
@@ -464,7 +417,6 @@ def parse(argv: list[str] | None = None):
     flag("--checkpointing", action="store_true")
     flag("--no-compile", action="store_true")
     flag("--tokens", type=int, default=32, help="text tokens of train and ddim, on both sides")
-    flag("--image-size", type=int, default=256, help="of loading")
     flag("--workers", type=int, default=16 if CUDA else 0)
     flag("--pictures", type=int, default=4096 if CUDA else 500, help="in the folder read")
     flag("--warm", type=int, default=20 if CUDA else 3, help="steps before the clock starts")
@@ -473,7 +425,6 @@ def parse(argv: list[str] | None = None):
     flag("--runs", type=int, default=5, help="times taken; the median is shown")
     flag("--sample-steps", type=int, default=50)
     flag("--memory-cap", type=float, default=0, help="GB of the card that may be used")
-    flag("--sync-check", action="store_true", help="names each wait for the card in a step")
     flag("--reduced", action="store_true", help="path with everything small: a test")
     flag("--work", default="out/bench", help="folder for pictures, encoders and runs")
     args = parser.parse_args(argv)
@@ -501,14 +452,12 @@ def main(argv: list[str] | None = None):
     print(f"{name}, torch {torch.__version__}: a matrix product reaches {args.rate / 1e12:.3g} "
           f"TFLOP/s", flush=True)
     pictures, image_encoder, text_encoder = "", data.TINY_IMAGE_ENCODER, data.TINY_TEXT_ENCODER
-    if {"loading", "path"} & only or args.preset == "full" and {"svae", "psvae"} & only:
+    if "path" in only or args.preset == "full" and {"svae", "psvae"} & only:
         size = (96, 72) if args.reduced else (500, 375)
         pictures = build_pictures(work / "pictures", args.pictures, size)
     if args.preset == "full" and {"svae", "psvae", "dit", "path"} & only:
         image_encoder = build_image_encoder(work / f"encoders/dinov2-{args.image}", args.image)
         text_encoder = build_text_encoder(work / f"encoders/t5-{args.text}", args.text)
-    if "loading" in only:
-        loading(args, pictures)
     if {"svae", "psvae", "dit"} & only:
         stages(args, image_encoder, text_encoder, pictures, device)
     for part, measure in (("picture", picture), ("train", train), ("ddim", ddim)):

@@ -447,8 +447,7 @@ def guarded(row: Row) -> str:
     test, *others = tests
     line = (ast.get_docstring(test) or file.lines[test.body[0].lineno - 1].strip()).splitlines()[0]
     claim = re.sub(r"^test_(eq_\d+_)*(to_\d+_)?", "", test.name).replace("_", " ")
-    more = ", ".join(link(file, other.lineno, str(other.lineno)) for other in others)
-    more = f" <small>and line{'s' * (len(others) > 1)} {more}</small>" if more else ""
+    more = f" <small>and {len(others)} more</small>" if others else ""
     return (f'<p class="test"><span class="tag">test</span> '
             f'{link(file, test.lineno, escape(claim))}{more}'
             f'<br><code class="first">{escape(line)}</code></p>')
@@ -624,7 +623,6 @@ PROMPTS = ("a large red circle on a gray background",
            "an outlined purple diamond left of an orange cross")
 TIMES = [50 * i for i in range(21)]                    # t of the figures at Eq. 22 and 32
 SCALES = list(range(1, 11))                            # s of the figure at Eq. 33
-SCHEDULES = ("scaled_linear", "linear")
 KL_BOX, CURVE_BOX = (440, 150), (440, 120)             # figures at Eq. 11 (z from -5 to 5) and 22
 
 
@@ -652,20 +650,12 @@ def moving(name: str, label: str, count: int, start: int, rows, caption: str, mo
             f'<figcaption>{lowered(caption)}</figcaption></figure>')
 
 
-def radios(name: str, legend: str, choices) -> str:
-    """choices: (value, words); the first is chosen."""
-    options = "".join(f'<label><input type="radio" name="{name}" value="{value}"'
-                      f'{" checked" * (i == 0)}> {words}</label>'
-                      for i, (value, words) in enumerate(choices))
-    return f"<fieldset><legend>{legend}</legend>{options}</fieldset>"
-
-
 def svg(box: str, what: str, *parts: str) -> str:
     return f'<svg viewBox="{box}" role="img" aria-label="{what}">{"".join(parts)}</svg>'
 
 
-def text(x: float, y: float, words, more: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}"{more}>{words}</text>'
+def text(x: float, y: float, words) -> str:
+    return f'<text x="{x:g}" y="{y:g}">{words}</text>'
 
 
 PLAIN = {                   # by equation: arguments of moving()
@@ -678,10 +668,6 @@ PLAIN = {                   # by equation: arguments of moving()
           "A held-out picture x; its frozen features f (the first three principal components of "
           "each cell as colours); the latent μ; and what the two decoders make of it, f̂ (Eq. 7) "
           "and x̂ (Eq. 14)."),
-    "14": ("spread", "noise", 9, 1,
-           [("a held-out picture, decoded from a sample of its latent", "")] * 5,
-           "x̂ = D<sub>pixel</sub>(μ + k σ ⊙ ε) of five held-out pictures. At k = 1 this is Eq. 6, "
-           "as in training: the KL term made σ wide, and the decoder forgives it."),
     "32": ("guess", "t", len(TIMES), 14,
            (("z_t, decoded", "z_t decoded"),
             ("the network's guess of z_0 from this z_t, decoded", "ẑ_0 decoded"),
@@ -702,7 +688,7 @@ PLAIN = {                   # by equation: arguments of moving()
 
 def figure(key: str) -> str:
     return moving(*PLAIN[key]) if key in PLAIN else {
-        "11": kl_figure, "15": gradient_figure, "22": noise_figure,
+        "11": kl_figure, "15": gradient_table, "22": noise_figure,
         "edit-guidance": edit_figure}.get(key, str)()
 
 
@@ -744,80 +730,32 @@ def kl_figure() -> str:
             f'</figure>')
 
 
-def gradients() -> dict[str, dict[str, bool]]:
-    """{term: {part: whether it gets a gradient}}, from the table above psvae_loss."""
+def gradient_table() -> str:
+    """The comment above psvae_loss that says which term teaches which part."""
     lines, title = source("psvae.py").lines, "who gets a gradient"
     top = next((i for i, line in enumerate(lines) if title in line), None)
     if top is None:
         raise Stale(f"psvae.py has no table of {title}")
-    heads = lines[top].replace(title, " " * len(title)).replace("#", " ")
-    columns = {m.start(): m[0] for m in re.finditer(r"\S+( \S+)*", heads)}
-    found = {}
-    for line in lines[top + 1:]:
-        if not line.lstrip("# ").strip():
-            break
-        name = re.match(r"#\s+(\S+(?: \S+)*)", line)[1]
-        marks = [m.start() for m in re.finditer(r"(?<= )x(?= |$)", line)]
-        found[name] = {part: any(start <= at < start + len(part) for at in marks)
-                       for start, part in columns.items()}
-    return found
-
-
-def slug(term: str) -> str:
-    return re.sub(r"\W+", "-", term.lower())
-
-
-def gradient_figure() -> str:
-    terms = gradients()
-    parts = list(next(iter(terms.values())))
-
-    def box(name, x, y, kind):
-        taught = " ".join(slug(term) for term in terms if terms[term].get(name))
-        return (f'<g class="{kind}" data-terms="{taught}"><rect x="{x}" y="{y}" width="140" '
-                f'height="34" rx="4"/>{text(x + 70, y + 22, name)}</g>')
-
-    arrows = "M140,0V16M140,54V82M140,120V148M150,120V132H296V148M140,186V206M296,186V206"
-    target = 'f<tspan dy="4" font-size="10">target</tspan>'
-    words = (("x", 128, 9), ("f", 128, 73), ("z", 128, 139), ("f̂", 140, 222), ("x̂", 296, 222),
-             (target, 296, 70))
-    losses = (("semantic", 140, 240), ("pixel, perceptual", 296, 240), ("KL", 40, 108))
-    drawn = svg("0 0 400 250", "the parts of PS-VAE; those that the chosen term teaches are lit",
-                f'<path d="{arrows}"/>', box("encoder", 70, 20, "part"),
-                box("projector", 70, 86, "part"), box("semantic decoder", 70, 152, "part"),
-                box("pixel decoder", 226, 152, "part"), box("frozen copy", 226, 20, "frozen"),
-                *(text(x, y, word, ' class="word"') for word, x, y in words),
-                *(text(x, y, term, f' data-terms="{slug(term)}"') for term, x, y in losses))
-    head = "".join(f'<th scope="col">{part}</th>' for part in parts)
-    rows = "".join(f'<tr data-terms="{slug(term)}"><th scope="row">{term}</th>'
-                   + "".join(f"<td>{'●' if got else ''}</td>" for got in row.values()) + "</tr>"
-                   for term, row in terms.items())
-    choice = radios("term", "the gradient of", [(slug(term), term) for term in terms])
-    return (f'<figure id="fig-gradients" class="gradients">{choice}{drawn}'
-            f'<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>'
-            f'<figcaption>Choose a term to see who learns from it. The frozen copy and LPIPS never '
-            f'do.</figcaption></figure>')
+    rows = itertools.takewhile(lambda line: line != "#", lines[top:])
+    return ('<div class="code"><pre><code>' + "".join(f'<span class="l">{escape(row[6:])}\n</span>'
+                                                      for row in rows) + "</code></pre></div>")
 
 
 def noise_figure() -> str:
     width, height = CURVE_BOX
     step = width / (len(TIMES) - 1)
-    drawn = svg(f"-18 -8 {width + 22} {height + 26}",
-                "alpha bar over t, falling from 1 to 0, for both schedules",
+    drawn = svg(f"-18 -8 {width + 22} {height + 26}", "alpha bar over t, falling from 1 to 0",
                 f'<path class="axis" d="M0,0V{height}H{width}"/>', text(-10, 4, 1),
                 text(-10, height, 0), text(width - 12, height + 15, "t = 1000"), text(12, 14, "ᾱ"),
-                *(f'<use class="curve {name}" href="#curve-{name}"/>' for name in SCHEDULES),
+                '<use class="curve" href="#curve-scaled_linear"/>',
                 f'<path class="now" d="M0,0V{height}" '
                 f'style="transform:translateX(calc(var(--k)*{step:g}px))"/>')
-    tiles = "".join(f'<div class="only {name}">'
-                    + tile("p-noise", 2 * i, "z_t as colours", "<b>z_t</b> as colours")
-                    + tile("p-noise", 2 * i + 1, "z_t, decoded", "<b>z_t</b> decoded") + "</div>"
-                    for i, name in enumerate(SCHEDULES))
-    choice = radios("schedule", "schedule", [(name, name.replace("_", " ")) for name in SCHEDULES])
-    return moving("noise", "t", len(TIMES), 6, tiles,
+    return moving("noise", "t", len(TIMES), 6,
+                  (("z_t as colours", "<b>z_t</b> as colours"),
+                   ("z_t, decoded", "<b>z_t</b> decoded")),
                   "How much of z_0 is left at t, what z_t looks like (three principal components "
                   "of each cell), and what the pixel decoder makes of it: it was never taught "
-                  "noise.",
-                  choice + drawn)
+                  "noise.", drawn)
 
 
 def edit_figure() -> str:
@@ -855,7 +793,7 @@ class Studio:
         self.edits = [edits[kind] for kind in world.KINDS]          # the first of each kind
         self.pixels = self.drawn(scenes)
         self.x = self.tensor(self.pixels)
-        self.mu, self.log_var = self.pipe.psvae.encode(self.x)
+        self.mu, _ = self.pipe.psvae.encode(self.x)
         g = data.generator(0, "page", 0, "eps")
         self.eps = torch.randn(self.mu.shape, generator=g)
         self.z_0 = dit.normalise(self.mu, self.pipe.mean, self.pipe.variance)
@@ -882,36 +820,22 @@ class Studio:
         rows = [part[:8] for part in (self.pixels, colours, of_mu, colours_hat, x_hat)]
         return rows, [f"{i + 1} of 8" for i in range(8)]
 
-    def spread(self):
-        sigma = (0.5 * self.log_var).exp()
-        z = [(self.mu + k * sigma * self.eps)[:5] for k in range(9)]
-        rows = zip(*(data.to_uint8(self.pipe.psvae.decode(one)) for one in z))
-        return list(rows), [f"k = {k}" for k in range(9)]
-
     def noised(self, t: int, alpha_bar):
         return dit.add_noise(self.z_0[:1], torch.tensor([t]), self.eps[:1], alpha_bar)
 
     def noise(self):
-        rows, said = [], []
-        for schedule in SCHEDULES:
-            alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02, schedule)
-            z_t = torch.cat([self.noised(t, alpha_bar) for t in TIMES])
-            rows += [data.pca_colours(self.z_0, z_t, size=64)[1], self.pipe.decode(z_t)]
-            said.append([f"{alpha_bar[t].item():.2g}" for t in TIMES])
-        words = [f"{t}, ᾱ = {a} (scaled linear), {b} (linear)" for t, a, b in zip(TIMES, *said)]
-        return rows, words
+        z_t = torch.cat([self.noised(t, self.pipe.alpha_bar) for t in TIMES])
+        words = [f"{t}, ᾱ = {self.pipe.alpha_bar[t].item():.2g}" for t in TIMES]
+        return [data.pca_colours(self.z_0, z_t, size=64)[1], self.pipe.decode(z_t)], words
 
-    def curves(self) -> str:
-        """The two schedules as SVG, which the figure at Eq. 22 uses."""
+    def curve(self) -> str:
+        """The schedule as SVG, which the figure at Eq. 22 uses."""
         width, height = CURVE_BOX
-        out = ""
-        for schedule in SCHEDULES:
-            alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02, schedule).tolist()
-            points = "L".join(f"{t * width / 1000:.1f},{(1 - alpha_bar[t]) * height:.1f}"
-                              for t in range(0, 1001, 10))
-            out += (f'<symbol id="curve-{schedule}" overflow="visible"><path fill="none" '
-                    f'd="M{points}"/></symbol>')
-        return f'<svg width="0" height="0" aria-hidden="true">{out}</svg>\n'
+        alpha_bar = self.pipe.alpha_bar.tolist()
+        points = "L".join(f"{t * width / 1000:.1f},{(1 - alpha_bar[t]) * height:.1f}"
+                          for t in range(0, 1001, 10))
+        return (f'<svg width="0" height="0" aria-hidden="true"><symbol id="curve-scaled_linear" '
+                f'overflow="visible"><path fill="none" d="M{points}"/></symbol></svg>\n')
 
     def guess(self):
         c, mask = self.pipe.text_encoder([self.caption, ""])
@@ -953,12 +877,12 @@ class Studio:
 
 
 def pictures_part() -> str:
-    """A style sheet of strips, two curves and a few words, drawn by the shipped model."""
+    """A style sheet of strips, a curve and a few words, drawn by the shipped model."""
     with torch.no_grad():
         studio = Studio()
-        figures = {"features": studio.features(), "spread": studio.spread(),
-                   "noise": studio.noise(), "guess": studio.guess(), "film": studio.film(),
-                   "guidance": studio.scales(), "edit": studio.edit()}
+        figures = {"features": studio.features(), "noise": studio.noise(),
+                   "guess": studio.guess(), "film": studio.film(), "guidance": studio.scales(),
+                   "edit": studio.edit()}
     facts = {name: words for name, (_, words) in figures.items()}
     facts |= {f"edit-{i}": text for i, (_, text, *_) in enumerate(studio.edits)}
     facts |= {"guess-said": studio.caption, "model": f"Pictures: {studio.pipe.step:,} steps of "
@@ -966,7 +890,7 @@ def pictures_part() -> str:
     css = "".join(f".p-{name}{{--n:{len(rows[0])};--m:{len(rows)};"
                   f"background-image:url({strip_of(rows)})}}\n"
                   for name, (rows, _) in figures.items())
-    return (f'<style>\n{css}</style>\n{studio.curves()}<script type="application/json" id="facts">'
+    return (f'<style>\n{css}</style>\n{studio.curve()}<script type="application/json" id="facts">'
             f'{json.dumps(facts, ensure_ascii=False)}</script>\n')
 
 

@@ -92,19 +92,19 @@ def space_tables(found: dict[str, dict]) -> list[str]:
 
 
 def drawn_table(found: dict[str, dict]) -> str:
-    lines, facts = [], ("colour", "shape", "size", "place")
+    lines = []
     for name, row in found.items():
         marks = sorted((mark for mark in row["drawn"][0] if mark.isdigit()), key=int)
         at = lambda mark: [run[mark] for run in row["drawn"]]
         end = at(marks[-1])
         lines.append([name, column(at("mu"), "right"),
                       *(column(at(mark), "right") for mark in marks),
-                      *(column(end, part) for part in ("unreadable", *facts)),
-                      column(end, "fd", "{:.2f}", 1), column(end, "beside", "{:.3f}", 1),
+                      column(end, "unreadable"), column(end, "fd", "{:.2f}", 1),
+                      column(end, "beside", "{:.3f}", 1),
                       column(row["drawn"], "seconds", "{:.0f}", 1 / 60)])
     return table(["drawn, right by the judge, %", "true ones",
-                  *(f"step {mark}" for mark in marks), "unreadable", *facts, "FD", "beside",
-                  "minutes"], lines)
+                  *(f"step {mark}" for mark in marks), "unreadable", "FD", "beside", "minutes"],
+                 lines)
 
 
 def paired(found: dict[str, dict]) -> str:

@@ -110,36 +110,6 @@ def prompt(scene: world.Scene) -> str:
             f"{'in' if where == 'center' else 'at'} the {where} on a {scene.background} background")
 
 
-def nearest(picture: np.ndarray) -> list[int]:
-    """The facts that a picture, uint8 (64, 64, 3), comes nearest to: a choice is forced, however
-    bad.
-
-    The judge refuses what is not clean, and so nearly all that a short training draws. This takes
-    its palette and templates: background from the picture's frame, where no object may be; colour
-    from the pixels that differ most from it; shape and size from the filled template that fits
-    best.
-    """
-    rgb = picture.astype(np.float32)
-    frame = np.ones(rgb.shape[:2], bool)
-    frame[2:-2, 2:-2] = False
-    base = np.median(rgb[frame], axis=0)
-    rgb = rgb - base
-    strongest = np.argsort(np.linalg.norm(rgb, axis=-1).ravel())[-60:]
-    way = np.median(rgb.reshape(-1, 3)[strongest], axis=0)
-    alpha = np.clip(rgb @ way / max(float(way @ way), 1e-6), 0, 1.1)
-    alpha[alpha < 0.15] = 0
-    middle, total = np.arange(world.CANVAS) + 0.5, max(float(alpha.sum()), 1e-6)
-    y, x = float(alpha.sum(1) @ middle) / total, float(alpha.sum(0) @ middle) / total
-    error, _, _ = judge.misfits(alpha, y, x)
-    filled = [k for k in range(len(error))
-              if judge.TEMPLATES[k // len(judge.SOFTNESS)][2] == "filled"]
-    shape, size, _ = judge.TEMPLATES[min(filled, key=error.__getitem__) // len(judge.SOFTNESS)]
-    closest = lambda colour, palette: int(np.linalg.norm(palette - colour, axis=1).argmin())
-    where = place_of(world.Object(shape, "", size, "", x, y))
-    return [closest(base, judge.BACKGROUND_RGB), closest(base + way, judge.OBJECT_RGB),
-            FACTS["shape"].index(shape), FACTS["size"].index(size), FACTS["place"].index(where)]
-
-
 def is_read_as(picture: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
     """Whether the judge reads in a picture just what the scene holds; whether it can read it at
     all."""
@@ -494,11 +464,10 @@ class Lab:
         """{step: scores} of what the DiT draws; "mu": those of true pictures through the same
         decoder.
 
-        right: the judge reads just what was asked for; unreadable: it reads nothing; facts: share
-        of the five facts that a picture comes nearest to; fd: Fréchet distance between frozen
-        features (mean over the cells) and those of training pictures; beside: distance of its
-        features to the nearest training picture's, less that of a true held-out picture, as a share
-        of the features' spread.
+        right: the judge reads just what was asked for; unreadable: it reads nothing; fd: Fréchet
+        distance between frozen features (mean over the cells) and those of training pictures;
+        beside: distance of its features to the nearest training picture's, less that of a true
+        held-out picture, as a share of the features' spread.
         """
         def compute():
             pictures, count = self.pictures, self.scale.prompts
@@ -515,11 +484,8 @@ class Lab:
                 x = self.decode(space, z)
                 f, shown = self.features(x), data.to_uint8(x)
                 read = np.array([is_read_as(*pair) for pair in zip(shown, scenes)])
-                near = np.array([nearest(picture) for picture in shown])
-                hits = (near == pictures.facts[first:first + count].numpy()).mean(0)
                 return {"right": float(read[:, 0].mean()),
                         "unreadable": float(1 - read[:, 1].mean()),
-                        "facts": float(hits.mean()), **dict(zip(FACTS, hits.tolist())),
                         "fd": frechet_distance(pooled(f), pooled(reference)),
                         "beside": (away(f) - floor).item(), "each": read[:, 0].tolist()}
 

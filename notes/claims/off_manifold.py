@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import dit  # noqa: E402
 import svae  # noqa: E402
-from notes import curves  # noqa: E402
 from notes.claims.claims import into_page, spread, table  # noqa: E402
 from sample import ddim_step, sampling_times  # noqa: E402
 
@@ -257,9 +256,7 @@ def measure(variant: Variant, cfg: Config, seed: int, letters: Letters) -> dict:
     for step, model in learn_to_denoise(draw_z_0, d, variant.residual, cfg, seed):
         x = back(draw(model, cfg.drawn, d, seed))
         run["steps"][str(step)] = errors(x, Q, true)
-    y = x @ Q
-    shown = torch.cat([y, (x - y @ Q.T).norm(dim=1, keepdim=True)], 1)[:1500]
-    return run | {"points": [[round(v, 3) for v in p] for p in shown.tolist()],
+    return run | {"points": [[round(v, 3) for v in p] for p in (x @ Q)[:1500].tolist()],
                   "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -286,32 +283,19 @@ def tables(runs: dict[str, list[dict]], cfg: Config) -> str:
     return "\n\n".join(parts)
 
 
-def figure(runs: dict[str, list[dict]], cfg: Config, path: Path):
-    """What is drawn in R^2 and in the highest dimension; errors against D."""
-    try:
-        plt = curves.pyplot()
-    except data.UserError as error:             # the tables are worth having without it
-        return print(f"no figure: {error}")
-    true = Letters()(1500, torch.Generator().manual_seed(0)).numpy()
-    ends = {"true points": np.pad(true, ((0, 0), (0, 1)))} | {
-        name: np.array(seeds[0]["points"]) for name, seeds in runs.items()
-        if name in ("raw 2", f"raw {max(cfg.dims)}") or f"2 of {max(cfg.dims)}, beta 0.0" in name}
-    sheet, axes = plt.subplots(1, len(ends) + 2, figsize=(3.2 * (len(ends) + 2), 3.2),
-                               layout="constrained")
-    for axis, (name, points) in zip(axes, ends.items()):
-        dots = axis.scatter(*points.T[:2], c=points[:, 2], s=3, cmap="viridis_r", vmin=0, vmax=0.4)
-        axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal", title=name)
-    sheet.colorbar(dots, ax=axes[:len(ends)], shrink=0.8, label="distance to the sheet")
-    for axis, measure in zip(axes[-2:], ("nearest_worst", "beside_worst")):
-        for kind in ("raw", "scaled"):
-            values = [[run["steps"][str(cfg.steps)][measure] for run in runs[f"{kind} {d}"]]
-                      for d in cfg.dims]
-            axis.errorbar(cfg.dims, np.mean(values, 1), np.std(values, 1), marker="o", ms=3,
-                          capsize=2, label=kind)
-        axis.set(xscale="log", yscale="log", xlabel="ambient dimension D",
-                 title=measure.replace("_worst", ", worst 5 %"))
-        axis.legend()
-    curves.save(sheet, path)
+def figure(runs: dict[str, list[dict]], path: Path, side=96):
+    """What is drawn in each space, seen in the plane of the sheet: darker where there is more."""
+    def picture(points):
+        x, y = np.array(points).T
+        seen = np.histogram2d(-y, x, side, ((-2.6, 2.6), (-2.6, 2.6)))[0]
+        return np.repeat(np.uint8(255 * np.exp(-seen))[..., None], 3, axis=2)
+
+    true = Letters()(1500, torch.Generator().manual_seed(0)).tolist()
+    cells = [(picture(true), "true points")]
+    cells += [(picture(seeds[0]["points"]), name) for name, seeds in runs.items()]
+    rows = [zip(*cells[i:i + 6]) for i in range(0, len(cells), 6)]
+    data.save_png(data.grid(*map(list, zip(*rows))), path)
+    print(f"wrote {path}")
 
 
 @data.program
@@ -338,7 +322,7 @@ def main(argv: list[str] | None = None):
     text = tables(runs, cfg)
     print(f"\n{text}\n")
     here = Path(__file__).parent
-    figure(runs, cfg, here / "off_manifold.png" if cfg.page else out.with_suffix(".png"))
+    figure(runs, here / "off_manifold.png" if cfg.page else out.with_suffix(".png"))
     if cfg.page:
         into_page(here / "off_manifold.md", text)
 

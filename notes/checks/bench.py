@@ -5,16 +5,16 @@ installed.
     python notes/checks/bench.py --only dit --size XL --batch 64 --memory-cap 24   fits 24 GB?
     python notes/checks/bench.py --only path          all of the full preset, 2 steps each
 
-Parts: svae, psvae, dit (the real programs on the real folder: steps/s, pictures/s, utilisation,
-peak memory), picture (prompt to picture), train and ddim (the DiT alone, against diffusers'
-PixArtTransformer2DModel of the same width, depth, tokens and text, and its DDIMScheduler), path
-(not by default). dit and picture need what psvae leaves in --work.
+Parts: svae, psvae, dit (the real programs on the real folder: steps/s, pictures/s, peak memory),
+train and ddim (the DiT alone, against diffusers' PixArtTransformer2DModel of the same width, depth,
+tokens and text, and its DDIMScheduler), path (not by default). dit needs what psvae leaves in
+--work.
 
 What pretrained weights do to memory and speed depends on their sizes alone, so DINOv2 and T5 are
 built from their configs with random weights: no download. Competitors take turns, the order turning
 too; what is printed are medians, and for a comparison the median of the ratios of neighbours, with
 the smallest and the largest. With one thread on a CPU the clock is CPU time, which other programs
-disturb less. Utilisation is of what a large matrix product reaches here.
+disturb less.
 """
 
 import argparse
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
@@ -41,7 +40,7 @@ import sample  # noqa: E402
 import svae  # noqa: E402
 from notes.tiny import pretrain_tiny  # noqa: E402
 
-PARTS = ("svae", "psvae", "dit", "picture", "train", "ddim")
+PARTS = ("svae", "psvae", "dit", "train", "ddim")
 CUDA = torch.cuda.is_available()
 # as in the config.json of facebook/dinov2-*: width, layers, heads; giant has the gated feed-forward
 IMAGE = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16),
@@ -157,13 +156,6 @@ def compare(title: str, seconds: dict[str, list[float]], amount: float, unit: st
     print(line, flush=True)
 
 
-def matrix_rate(device, dtype, n: int) -> float:
-    """FLOP/s of an n x n x n matrix product, the best of ten."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = min(interleaved({"matrix product": lambda: a @ b}, 10, device)["matrix product"])
-    return 2 * n ** 3 / max(best, 1e-9)
-
-
 # --- The stages as they are run -------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -184,43 +176,29 @@ def every_step(call):
 
 
 def stage(args, name: str, program, argv: list[str], device):
-    """A stage, fresh: steps of it counted in FLOPs, then timed; one line, or that it does not
-    fit."""
+    """A stage, fresh, timed; one line, or that it does not fit."""
     quiet = [word for flag in ("log", "eval", "save") for word in (f"--{flag}-every", "1000000000")]
     argv = [*argv, "--fresh", "--out", str(args.out), "--workers", str(args.workers),
             "--device", args.device, *quiet]
     for flag, value in (("--batch", args.batch), ("--micro-batches", args.micro_batches)):
         argv += [flag, str(value)] if value and (flag, name) != ("--micro-batches", "svae") else []
-    counter, marks, total = FlopCounterMode(display=False), [], args.warm + args.runs * args.window
-
-    def count(step):                        # what lies between the first step and the second
-        counter.__enter__() if step == 1 else counter.__exit__(None, None, None)
+    marks, total = [], args.warm + args.runs * args.window
 
     def mark(step):
         if step >= args.warm and (step - args.warm) % args.window == 0:
             marks.append(now(device))
-    encode = psvae.write_latents
-    psvae.write_latents = lambda *_: None               # once is enough
-    try:
-        with every_step(count):
-            code = program([*argv, "--steps", "2", "--no-compile"])
-    finally:
-        psvae.write_latents = encode
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    if code == 0:
-        with every_step(mark):
-            code = program([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
+    with every_step(mark):
+        code = program([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
     if len(marks) <= args.runs:
         limit = f" in {args.memory_cap:g} GB" if args.memory_cap else ""
         return print(f"{name}, {args.preset}: does not run{limit} (exit code {code})", flush=True)
     config = data.load(args.out / f"{name.split()[0]}.pt", name.split()[0])["config"]
     rate = args.window / statistics.median(b - a for a, b in zip(marks, marks[1:]))
-    flops = counter.get_total_flops()
     memory = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
     print(f"{name}, {args.preset}, batch {config['batch']}: {rate:.4g} steps/s, "
-          f"{rate * config['batch']:.4g} pictures/s, {flops / config['batch'] / 1e9:.4g} GFLOP a "
-          f"picture, utilisation {flops * rate / args.rate:.1%}{memory}", flush=True)
+          f"{rate * config['batch']:.4g} pictures/s{memory}", flush=True)
 
 
 def stages(args, image_encoder: str, text_encoder: str, pictures: str, device):
@@ -265,17 +243,6 @@ def path(args, image_encoder: str, text_encoder: str, pictures: str, device):
             raise data.UserError(f"python {name}.py {' '.join(argv)} failed.")
         print(f"path, {name}: {time.monotonic() - begin:.1f} s", flush=True)
     print(f"the full path works: {out / 'sample.png'}")
-
-
-def picture(args, device):
-    """Prompt to picture: text encoder, guided DDIM, pixel decoder."""
-    pipeline = sample.Pipeline(args.out, device)
-    for n in (1, 64) if CUDA else (1, 4):
-        prompts = ["a red circle above a blue square"] * n
-        call = lambda: pipeline(prompts, list(range(n)), steps=args.sample_steps, guidance=4.0)
-        seconds = interleaved({"ours": call}, args.runs, device)
-        compare(f"picture, {args.preset}, {args.sample_steps} guided steps, batch {n}", seconds, n,
-                "pictures/s")
 
 
 # --- The DiT beside its peer ----------------------------------------------------------------------
@@ -446,11 +413,9 @@ def main(argv: list[str] | None = None):
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_cap * 1e9 / total), device)
     torch.set_float32_matmul_precision("high")
-    args.rate = matrix_rate(device, *((torch.bfloat16, 8192) if CUDA else (torch.float32, 1024)))
     name = (torch.cuda.get_device_name(device) if CUDA else
             f"CPU, threads: {torch.get_num_threads()}")
-    print(f"{name}, torch {torch.__version__}: a matrix product reaches {args.rate / 1e12:.3g} "
-          f"TFLOP/s", flush=True)
+    print(f"{name}, torch {torch.__version__}", flush=True)
     pictures, image_encoder, text_encoder = "", data.TINY_IMAGE_ENCODER, data.TINY_TEXT_ENCODER
     if "path" in only or args.preset == "full" and {"svae", "psvae"} & only:
         size = (96, 72) if args.reduced else (500, 375)
@@ -460,7 +425,7 @@ def main(argv: list[str] | None = None):
         text_encoder = build_text_encoder(work / f"encoders/t5-{args.text}", args.text)
     if {"svae", "psvae", "dit"} & only:
         stages(args, image_encoder, text_encoder, pictures, device)
-    for part, measure in (("picture", picture), ("train", train), ("ddim", ddim)):
+    for part, measure in (("train", train), ("ddim", ddim)):
         if part in only:
             measure(args, device)
     if "path" in only:

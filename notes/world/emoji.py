@@ -2,13 +2,11 @@
 on white.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0     fetches two packages, 16 MB
-    python notes/world/emoji.py --out emoji --packages .                 makes a folder of them
+    python notes/world/emoji.py --out emoji                              makes a folder of them
     python svae.py --data emoji --preset tiny --out out_emoji --z-dim 48
     python psvae.py --out out_emoji --beta 3e-4 --steps 3000
     python dit.py --out out_emoji --edit-fraction 0.75 --steps 2200      all: 50 minutes on a core
     python notes/world/emoji.py --page notes/world/emoji.png --model out_emoji      held-out edits
-
-Without --packages it downloads them itself.
 
 Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every
 picture that has a name; an edit (source, instruction, result) for every pair that differs in skin
@@ -25,19 +23,16 @@ import json
 import re
 import sys
 import tarfile
-import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-PACKAGES = {   # file: (address, sha512)
-    "lobehub-fluent-emoji-3d-1.1.0.tgz": (
-        "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz",
-        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="),
-    "unicode-emoji-json-0.9.0.tgz": (
-        "https://registry.npmjs.org/unicode-emoji-json/-/unicode-emoji-json-0.9.0.tgz",
-        "HdrQW/7SdbXUsTd8uTATv7LvQJkCSgbAgRCDCtOhQ6xn3EAx+xZHQtRniOXWJK3ywIqPegkNhP4U4EbuFsiQng=="),
+PACKAGES = {   # file: sha512
+    "lobehub-fluent-emoji-3d-1.1.0.tgz":
+        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+    "unicode-emoji-json-0.9.0.tgz":
+        "HdrQW/7SdbXUsTd8uTATv7LvQJkCSgbAgRCDCtOhQ6xn3EAx+xZHQtRniOXWJK3ywIqPegkNhP4U4EbuFsiQng==",
 }
 TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark",
          "1f3ff": "dark"}
@@ -48,18 +43,12 @@ HAIR = {"1f9b0": "make the hair red", "1f9b1": "make the hair curly",
 
 
 def package(name: str, folder: str) -> tarfile.TarFile:
-    """A package as a tar file, from `folder` or from the registry, with its checksum compared."""
-    address, digest = PACKAGES[name]
+    """A package as a tar file, from `folder`, with its checksum compared."""
     path = Path(folder) / name
-    if folder and not path.is_file():
+    if not path.is_file():
         sys.exit(f"error: {path} is not there. `npm pack` writes it (see --help).")
-    try:
-        content = (path.read_bytes() if folder else
-                   urllib.request.urlopen(address, timeout=60).read())
-    except OSError as error:
-        sys.exit(f"error: {address} could not be read ({error}). Fetch the packages elsewhere and "
-                 f"give --packages DIR.")
-    if base64.b64encode(hashlib.sha512(content).digest()).decode() != digest:
+    content = path.read_bytes()
+    if base64.b64encode(hashlib.sha512(content).digest()).decode() != PACKAGES[name]:
         sys.exit(f"error: {name} has another checksum than the file that this script knows.")
     return tarfile.open(fileobj=io.BytesIO(content))
 
@@ -157,7 +146,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="emoji", help="folder to write (emoji)")
-    parser.add_argument("--packages", default="", help="folder of the two .tgz: no download")
+    parser.add_argument("--packages", default=".", help="folder of the two .tgz (.)")
     parser.add_argument("--page", default="", help="write a page of edits by a model instead")
     parser.add_argument("--model", default="out", help="folder of the model, for --page (out)")
     parser.add_argument("--count", type=int, default=16, help="edits on the page (16)")

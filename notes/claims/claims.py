@@ -74,10 +74,6 @@ def column(runs: list[dict], name: str, form="{:.1f}", scale=100) -> str:
     return spread([scale * run[name] if name in run else None for run in runs], form)
 
 
-def last(run: dict) -> dict:
-    return run[max((mark for mark in run if mark.isdigit()), key=int)]
-
-
 def space_tables(found: dict[str, dict]) -> list[str]:
     pixels, meaning = [], []
     read = ("colour", "shape", "size", "place", "features")
@@ -94,17 +90,13 @@ def space_tables(found: dict[str, dict]) -> list[str]:
 def drawn_table(found: dict[str, dict]) -> str:
     lines = []
     for name, row in found.items():
-        marks = sorted((mark for mark in row["drawn"][0] if mark.isdigit()), key=int)
-        at = lambda mark: [run[mark] for run in row["drawn"]]
-        end = at(marks[-1])
-        lines.append([name, column(at("mu"), "right"),
-                      *(column(at(mark), "right") for mark in marks),
-                      column(end, "unreadable"), column(end, "fd", "{:.2f}", 1),
-                      column(end, "beside", "{:.3f}", 1),
-                      column(row["drawn"], "seconds", "{:.0f}", 1 / 60)])
-    return table(["drawn, right by the judge, %", "true ones",
-                  *(f"step {mark}" for mark in marks), "unreadable", "FD", "beside", "minutes"],
-                 lines)
+        runs = row["drawn"]
+        lines.append([name, column([run["mu"] for run in runs], "right"), column(runs, "right"),
+                      column(runs, "unreadable"), column(runs, "fd", "{:.2f}", 1),
+                      column(runs, "beside", "{:.3f}", 1),
+                      column(runs, "seconds", "{:.0f}", 1 / 60)])
+    return table(["right by the judge, %", "true ones", "drawn", "unreadable", "FD", "beside",
+                  "minutes"], lines)
 
 
 def paired(found: dict[str, dict]) -> str:
@@ -113,7 +105,7 @@ def paired(found: dict[str, dict]) -> str:
     (first, base), *others = [(name, row["drawn"]) for name, row in found.items()]
     lines = []
     for name, runs in others:
-        less = np.mean([np.subtract(last(a)["each"], last(b)["each"], dtype=float)
+        less = np.mean([np.subtract(a["each"], b["each"], dtype=float)
                         for a, b in zip(runs, base)], axis=0)
         half = 196 * less.std(ddof=1) / len(less) ** 0.5
         lines.append(f"{name} {100 * less.mean():+.1f} ± {half:.1f}")
@@ -123,7 +115,7 @@ def paired(found: dict[str, dict]) -> str:
 
 def verdict(found: dict[str, dict]) -> str:
     decodes = max(np.mean([run["psnr"] for run in row["pixels"]]) for row in found.values())
-    draws = max((np.mean([last(run)["right"] for run in row["drawn"]])
+    draws = max((np.mean([run["right"] for run in row["drawn"]])
                  for row in found.values() if "drawn" in row), default=1)
     tested = decodes >= DECODES and draws >= DRAWS
     return (f"{'Measured' if tested else 'Not tested'} at this size: the best decoder gives "

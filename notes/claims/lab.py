@@ -51,7 +51,6 @@ class Scale:
     dit: tuple                  # its width, depth, heads
     prompts: int                # pictures drawn a measurement
     sampler: tuple              # DDIM steps, guidance, eta
-    marks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)   # shares of stage 3: pictures are drawn
 
 
 SCALES = {
@@ -60,12 +59,8 @@ SCALES = {
     "gpu": Scale(40_000, 2000, (128, 128, 64, 32), (2000, 256, 2e-3), (20_000, 128, 1e-3),
                  (30_000, 256, 1e-3), (384, 6, 6), 2000, (50, 3.0, 1.0)),
     "quick": Scale(64, 16, (8, 8, 8, 8), (2, 8, 1e-3), (4, 4, 1e-3), (2, 4, 1e-3), (16, 1, 1), 8,
-                   (2, 3.0, 1.0), (1.0,)),
+                   (2, 3.0, 1.0)),
 }
-# The part of the scale that a trained part depends on (a measurement: all of it).
-MATTERS = {"world": ("pictures", "held_out"), "stage1": ("pictures", "stage_1"),
-           "stage2": ("pictures", "stage_1", "stage_2", "widths")}
-MATTERS["stage3"] = (*MATTERS["stage2"], "stage_3", "dit", "marks")
 
 
 @dataclass(frozen=True)
@@ -190,16 +185,13 @@ def replace_file(path: Path, write):
 
 
 @torch.enable_grad()           # measurements, which need no gradient, may ask for the training
-def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, decay=0.01, marks=(),
-        say=""):
-    """Trains in place, from where `path` stops; loss_of(step) is the loss of its batch.
-
-    Keeps everything in `path`, every SAVE_EVERY seconds and at the end. Returns {seconds, step,
-    snapshots at marks}.
-    """
+def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, decay=0.01,
+        say="") -> float:
+    """Trains in place, from where `path` stops; loss_of(step) is the loss of its batch. Keeps
+    everything in `path`, every SAVE_EVERY seconds and at the end. Returns the seconds it took."""
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay,
                                   fused=True)
-    kept = {"step": 0, "seconds": 0.0, "snapshots": {}}
+    kept = {"step": 0, "seconds": 0.0}
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(kept["model"])
@@ -215,8 +207,6 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = kept["step"] = step + 1
-        if done in marks:
-            kept["snapshots"][done] = copy.deepcopy(model.state_dict())
         if done == steps or time.monotonic() - saved > SAVE_EVERY:
             if not torch.isfinite(loss):
                 raise data.UserError(f"{path.name}: the loss is {loss.item()} at step {done}")
@@ -226,7 +216,7 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
             saved = time.monotonic()
             print(f"  {say} step {done:,} of {steps:,}, loss {loss.item():.4f}, "
                   f"{kept['seconds']:.0f} s", file=sys.stderr, flush=True)
-    return kept
+    return kept["seconds"]
 
 
 class Pictures:
@@ -282,9 +272,7 @@ class Lab:
         return torch.cat([self.encoder(part) for part in x.split(250)])
 
     def path(self, what: str, *settings, end=".pt") -> Path:
-        scale = asdict(self.scale)
-        scale = {name: value for name, value in scale.items() if name in MATTERS.get(what, scale)}
-        key = [VERSION, world.VERSION, scale,
+        key = [VERSION, world.VERSION, asdict(self.scale),
                *(asdict(part) if isinstance(part, Space) else part for part in settings)]
         return self.out / f"{what}-{data.digest_of(key)[:12]}{end}"
 
@@ -351,9 +339,8 @@ class Lab:
                 loss = loss + psvae.semantic_loss(model.semantic_decoder(z), f)
             return loss
 
-        kept = fit(path, model, model.trained(), steps, peak, loss_of, self.device,
-                   say=f"stage 2 {space.kind} seed {space.seed}")
-        model.seconds = kept["seconds"]
+        model.seconds = fit(path, model, model.trained(), steps, peak, loss_of, self.device,
+                            say=f"stage 2 {space.kind} seed {space.seed}")
         self.models[space] = model.eval()
         return model
 
@@ -375,7 +362,7 @@ class Lab:
     # --- Stage 3
 
     def dit(self, space: Space, predict: str):
-        """(model, snapshots, mean, std, seconds) of a DiT on the latents of a space."""
+        """(model, mean, std, seconds) of a DiT on the latents of a space."""
         steps, batch, peak = self.scale.stage_3
         pictures = self.pictures
         mu, log_var = self.posterior(space, slice(None))
@@ -400,18 +387,15 @@ class Lab:
             told = lambda z, t: model(z, t, c, mask)
             return objective_loss(predict, told, z_0, noise("eps"), g, self.alpha_bar)
 
-        marks = [max(1, round(share * steps)) for share in self.scale.marks]
-        kept = fit(self.path("stage3", space, predict), model,
-                   [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
-                   decay=0.0, marks=marks,
-                   say=f"stage 3 {predict} {space.kind} seed {space.seed}")
-        return model.eval(), kept["snapshots"], mean, std, kept["seconds"]
+        seconds = fit(self.path("stage3", space, predict), model,
+                      [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
+                      decay=0.0, say=f"stage 3 {predict} {space.kind} seed {space.seed}")
+        return model.eval(), mean, std, seconds
 
     @torch.no_grad()
-    def generate(self, space: Space, predict: str, mark=None, count=None):
+    def generate(self, space: Space, predict: str, count=None):
         """Latents for the first held-out prompts."""
-        model, snapshots, mean, std, _ = self.dit(space, predict)
-        model.load_state_dict(snapshots[mark or max(snapshots)])
+        model, mean, std, _ = self.dit(space, predict)
         pictures, count = self.pictures, count or self.scale.prompts
         text = pictures.asked[pictures.test.start:pictures.test.start + count]
         z_T = self.randn(space.seed, "lab 3", 0, "z_T", (count, GRID, GRID, len(mean)))
@@ -461,8 +445,7 @@ class Lab:
         return self.kept("meaning", compute, space)
 
     def drawn(self, space: Space, predict: str) -> dict:
-        """{step: scores} of what the DiT draws; "mu": those of true pictures through the same
-        decoder.
+        """Scores of what the DiT draws; "mu": of true pictures through the same decoder.
 
         right: the judge reads just what was asked for; unreadable: it reads nothing; fd: Fréchet
         distance between frozen features (mean over the cells) and those of training pictures;
@@ -489,12 +472,9 @@ class Lab:
                         "fd": frechet_distance(pooled(f), pooled(reference)),
                         "beside": (away(f) - floor).item(), "each": read[:, 0].tolist()}
 
-            *_, snapshots, _, _, seconds = self.dit(space, predict)
-            result = {"seconds": seconds,
-                      "mu": score(self.posterior(space, slice(first, first + count))[0])}
-            for mark in sorted(snapshots):
-                result[str(mark)] = score(self.generate(space, predict, mark))
-            return result
+            *_, seconds = self.dit(space, predict)
+            mu, _ = self.posterior(space, slice(first, first + count))
+            return {"seconds": seconds, "mu": score(mu), **score(self.generate(space, predict))}
         return self.kept("drawn", compute, space, predict)
 
 

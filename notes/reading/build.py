@@ -329,9 +329,9 @@ def reads(element) -> str:
     return own.replace("\u0304", "¯") + "".join(inner)
 
 
-def symbols_of(formula) -> dict[str, ElementTree.Element]:
+def symbols_of(formula) -> set[str]:
     """Which symbols a formula has; their elements are marked data-s on the way."""
-    found = {}
+    found = set()
     bases = {id(base) for hat in formula.iter("mover") for base in hat[0].iter()}   # f̂ is no f
     for element in formula.iter():
         text = reads(element) if id(element) not in bases else ""
@@ -340,8 +340,7 @@ def symbols_of(formula) -> dict[str, ElementTree.Element]:
             bases.add(id(element[0]))
         if keys and element.tag != "math" and not (element.tag == "mrow" and len(element) == 1):
             element.set("data-s", " ".join(keys))
-            for key in keys:
-                found.setdefault(key, element)
+            found |= set(keys)
     return found
 
 
@@ -434,7 +433,7 @@ def right_side(row: Row, shown: list[dict], ties: set[str]) -> str:
 
 
 def guarded(row: Row) -> str:
-    """The tests whose names speak of the row's equation, the first with its first line."""
+    """The first test whose name speaks of the row's equation, with its first line."""
     if not row.test:
         return ""
     file = source("test_all.py")
@@ -444,12 +443,11 @@ def guarded(row: Row) -> str:
     tests.sort(key=lambda node: not node.name.startswith(own))
     if not tests:
         raise Stale(f"test_all.py has no {row.test}*")
-    test, *others = tests
+    test = tests[0]
     line = (ast.get_docstring(test) or file.lines[test.body[0].lineno - 1].strip()).splitlines()[0]
     claim = re.sub(r"^test_(eq_\d+_)*(to_\d+_)?", "", test.name).replace("_", " ")
-    more = f" <small>and {len(others)} more</small>" if others else ""
     return (f'<p class="test"><span class="tag">test</span> '
-            f'{link(file, test.lineno, escape(claim))}{more}'
+            f'{link(file, test.lineno, escape(claim))}'
             f'<br><code class="first">{escape(line)}</code></p>')
 
 
@@ -481,25 +479,14 @@ def path(text: str) -> str:
 def equation(row: Row, known: dict[str, str]) -> str:
     formulas = [mathml(latex, known) for latex in row.formulas]
     shown = units(row)
-    here = {}
-    for formula in formulas:
-        here |= {key: one for key, one in symbols_of(formula).items() if key not in here}
+    here = set().union(*map(symbols_of, formulas))
     names = set().union(*(names_in(one["file"], one["first"], one["last"]) for one in shown))
-    here.pop("eps" if "noise" in names else "eps_theta", None)     # ddim_step's eps is ε_θ
+    here.discard("eps" if "noise" in names else "eps_theta")       # ddim_step's eps is ε_θ
     ties = {key for key in here if names & set(SYMBOLS[key][1])}
-    chips = {}                                         # a symbol once, whatever keys it carries
-    for key, element in here.items():
-        if key in ties:
-            chips.setdefault(serialise(element), []).append(key)
     for element in (one for formula in formulas for one in formula.iter()):
         keys = [key for key in element.attrib.pop("data-s", "").split() if key in ties]
         if keys:
             element.set("data-s", " ".join(keys))
-    legend = ""
-    for symbol, keys in chips.items():
-        called = sorted({name for key in keys for name in SYMBOLS[key][1] if name in names})
-        legend += (f'<button type="button" data-s="{" ".join(keys)}"><math>{strip(symbol)}</math> '
-                   f'<code>{" ".join(called)}</code></button>')
     lines = "".join(f'<div><math display="block" alttext="{html.escape(latex)}">{inside(formula)}'
                     f'</math></div>' for latex, formula in zip(row.formulas, formulas))
     css = "" if row.key.isdigit() else " class=extra"
@@ -509,7 +496,7 @@ def equation(row: Row, known: dict[str, str]) -> str:
             f'aria-label="{html.escape(row.plain or row.name)}">{lines}</div>'
             f'<p>{prose(row.words[:1].upper() + row.words[1:])}.</p>'
             + (f'<p class="shapes">{lowered(escape(row.shapes))}</p>' if row.shapes else "")
-            + (f'<p class="ties">{legend}</p>' if legend else "") + guarded(row)
+            + guarded(row)
             + f'</div><div class="right">{right_side(row, shown, ties)}{figure(row.key)}</div>'
             f'</article>\n')
 
@@ -594,8 +581,8 @@ def text_part() -> tuple[str, str]:
     stages = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     frame, style, script = ((HERE / f"page.{end}").read_text(encoding="utf-8")
                             for end in ("html", "css", "js"))
-    before = frame.format(style=style, stages=stages, opening=opening(), contents=contents,
-                          body=body, questions=questions)
+    before = frame.format(style=style, stages=stages, contents=contents, body=body,
+                          questions=questions)
     return before, f"<script>\n{script}</script>\n</body></html>\n"
 
 
@@ -623,7 +610,7 @@ PROMPTS = ("a large red circle on a gray background",
            "an outlined purple diamond left of an orange cross")
 TIMES = [50 * i for i in range(21)]                    # t of the figures at Eq. 22 and 32
 SCALES = list(range(1, 11))                            # s of the figure at Eq. 33
-KL_BOX, CURVE_BOX = (440, 150), (440, 120)             # figures at Eq. 11 (z from -5 to 5) and 22
+KL_BOX = 440, 150                                      # figure at Eq. 11, z from -5 to 5
 
 
 def tile(strip: str, row: int, what: str, caption: str = "", k: str = "var(--k)") -> str:
@@ -633,7 +620,7 @@ def tile(strip: str, row: int, what: str, caption: str = "", k: str = "var(--k)"
             f'aria-label="{html.escape(what)}" style="--r:{row};--c:{k}"></div>{under}</div>')
 
 
-def moving(name: str, label: str, count: int, start: int, rows, caption: str, more: str = "",
+def moving(name: str, label: str, count: int, start: int, rows, caption: str,
            play: bool = False) -> str:
     """A figure with a slider; page.js moves --k and says what the position means.
 
@@ -642,7 +629,7 @@ def moving(name: str, label: str, count: int, start: int, rows, caption: str, mo
     if not isinstance(rows, str):
         rows = "".join(tile(f"p-{name}", i, *row) for i, row in enumerate(rows))
     button = '<button type="button" class="play" aria-label="play">▶</button>' if play else ""
-    return (f'<figure class="moving" id="fig-{name}" style="--k:{start}">{more}'
+    return (f'<figure class="moving" id="fig-{name}" style="--k:{start}">'
             f'<div class="tiles">{rows}</div>'
             f'<p class="move"><label for="move-{name}">{label}</label>{button}'
             f'<input type="range" id="move-{name}" min="0" max="{count - 1}" value="{start}">'
@@ -668,6 +655,11 @@ PLAIN = {                   # by equation: arguments of moving()
           "A held-out picture x; its frozen features f (the first three principal components of "
           "each cell as colours); the latent μ; and what the two decoders make of it, f̂ (Eq. 7) "
           "and x̂ (Eq. 14)."),
+    "22": ("noise", "t", len(TIMES), 6,
+           (("z_t as colours", "<b>z_t</b> as colours"),
+            ("z_t, decoded", "<b>z_t</b> decoded")),
+           "How much of z_0 is left at t: ᾱ, z_t (three principal components of each cell), and "
+           "what the pixel decoder makes of it, which was never taught noise."),
     "32": ("guess", "t", len(TIMES), 14,
            (("z_t, decoded", "z_t decoded"),
             ("the network's guess of z_0 from this z_t, decoded", "ẑ_0 decoded"),
@@ -682,22 +674,14 @@ PLAIN = {                   # by equation: arguments of moving()
            [(f"{prompt}, eta {eta}", prompt * eta) for eta in (0, 1) for prompt in PROMPTS],
            "The predicted z_0 of every step, decoded; seed 0, s as in sample.py. Upper row η = 0: "
            "σ_t = 0, the noise of z_T decides everything. Lower row η = 1: fresh noise at each "
-           "step.", "", True),
+           "step.", True),
 }
 
 
 def figure(key: str) -> str:
     return moving(*PLAIN[key]) if key in PLAIN else {
-        "11": kl_figure, "15": gradient_table, "22": noise_figure,
+        "11": kl_figure, "15": gradient_table,
         "edit-guidance": edit_figure}.get(key, str)()
-
-
-def opening() -> str:
-    """Six moments of the film at Eq. 34."""
-    tiles = "".join(tile("p-film", 7, f"step {k + 1} of 50", k=str(k))
-                    for k in (0, 9, 17, 23, 31, 49))
-    return (f'<a class="opening" href="#eq-34" title="{PROMPTS[3]}: Eq. 34, step by step">{tiles}'
-            f'</a>')
 
 
 def bell(mu: float, sigma: float) -> str:
@@ -739,23 +723,6 @@ def gradient_table() -> str:
     rows = itertools.takewhile(lambda line: line != "#", lines[top:])
     return ('<div class="code"><pre><code>' + "".join(f'<span class="l">{escape(row[6:])}\n</span>'
                                                       for row in rows) + "</code></pre></div>")
-
-
-def noise_figure() -> str:
-    width, height = CURVE_BOX
-    step = width / (len(TIMES) - 1)
-    drawn = svg(f"-18 -8 {width + 22} {height + 26}", "alpha bar over t, falling from 1 to 0",
-                f'<path class="axis" d="M0,0V{height}H{width}"/>', text(-10, 4, 1),
-                text(-10, height, 0), text(width - 12, height + 15, "t = 1000"), text(12, 14, "ᾱ"),
-                '<use class="curve" href="#curve-scaled_linear"/>',
-                f'<path class="now" d="M0,0V{height}" '
-                f'style="transform:translateX(calc(var(--k)*{step:g}px))"/>')
-    return moving("noise", "t", len(TIMES), 6,
-                  (("z_t as colours", "<b>z_t</b> as colours"),
-                   ("z_t, decoded", "<b>z_t</b> decoded")),
-                  "How much of z_0 is left at t, what z_t looks like (three principal components "
-                  "of each cell), and what the pixel decoder makes of it: it was never taught "
-                  "noise.", drawn)
 
 
 def edit_figure() -> str:
@@ -828,15 +795,6 @@ class Studio:
         words = [f"{t}, ᾱ = {self.pipe.alpha_bar[t].item():.2g}" for t in TIMES]
         return [data.pca_colours(self.z_0, z_t, size=64)[1], self.pipe.decode(z_t)], words
 
-    def curve(self) -> str:
-        """The schedule as SVG, which the figure at Eq. 22 uses."""
-        width, height = CURVE_BOX
-        alpha_bar = self.pipe.alpha_bar.tolist()
-        points = "L".join(f"{t * width / 1000:.1f},{(1 - alpha_bar[t]) * height:.1f}"
-                          for t in range(0, 1001, 10))
-        return (f'<svg width="0" height="0" aria-hidden="true"><symbol id="curve-scaled_linear" '
-                f'overflow="visible"><path fill="none" d="M{points}"/></symbol></svg>\n')
-
     def guess(self):
         c, mask = self.pipe.text_encoder([self.caption, ""])
         T, z_t, guesses = self.pipe.config["T"], [], []
@@ -877,7 +835,7 @@ class Studio:
 
 
 def pictures_part() -> str:
-    """A style sheet of strips, a curve and a few words, drawn by the shipped model."""
+    """A style sheet of strips and a few words, drawn by the shipped model."""
     with torch.no_grad():
         studio = Studio()
         figures = {"features": studio.features(), "noise": studio.noise(),
@@ -890,7 +848,7 @@ def pictures_part() -> str:
     css = "".join(f".p-{name}{{--n:{len(rows[0])};--m:{len(rows)};"
                   f"background-image:url({strip_of(rows)})}}\n"
                   for name, (rows, _) in figures.items())
-    return (f'<style>\n{css}</style>\n{studio.curve()}<script type="application/json" id="facts">'
+    return (f'<style>\n{css}</style>\n<script type="application/json" id="facts">'
             f'{json.dumps(facts, ensure_ascii=False)}</script>\n')
 
 

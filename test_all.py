@@ -3141,14 +3141,14 @@ def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypa
             if step == stop:
                 raise KeyboardInterrupt
             return model(batches[step]).square().mean()
-        kept = lab.fit(tmp_path / name, model, [{"params": list(model.parameters())}], 6, 0.1,
-                       loss_of, torch.device("cpu"), marks=(2, 6))
-        return dict(model.state_dict()), kept["snapshots"]
+        lab.fit(tmp_path / name, model, [{"params": list(model.parameters())}], 6, 0.1, loss_of,
+                torch.device("cpu"))
+        return dict(model.state_dict())
     whole = fit("whole.pt")
     with pytest.raises(KeyboardInterrupt):
         fit("stopped.pt", stop=3)
-    assert equal(fit("stopped.pt"), whole) and not equal(whole[1][2], whole[0])
-    assert equal(fit("stopped.pt", stop=0)[0], whole[0])                # finished: no step is made
+    assert equal(fit("stopped.pt"), whole)
+    assert equal(fit("stopped.pt", stop=0), whole)                      # finished: no step is made
 
 
 def test_a_linear_read_out_is_ridge_regression_on_one_hot_answers():
@@ -3561,16 +3561,11 @@ def test_bench_prints_a_line_for_every_part(tmp_path, capsys):
             "--sample-steps 2 --workers 0").split()
     assert bench.main([*argv, "--work", str(tmp_path)]) in (None, 0)
     said = capsys.readouterr().out
-    for part in ("svae, tiny, batch 8", "psvae, tiny", "dit, tiny",
-                 "picture, tiny, 2 guided steps, batch 1", "train, DiT tiny", "ddim, DiT tiny"):
+    for part in ("svae, tiny, batch 8", "psvae, tiny", "dit, tiny", "train, DiT tiny",
+                 "ddim, DiT tiny"):
         assert re.search(rf"^{re.escape(part)}.*: .*\d (steps|pictures|latents)/s", said, re.M), part
     numbers = [float(n) for n in re.findall(r"([\d.e+-]+) (?:steps|pictures|latents)/s", said)]
-    assert len(numbers) >= 10 and min(numbers) > 0
-    flops = [float(n) for n in re.findall(r"([\d.e+-]+) GFLOP a picture", said)]
-    # the tiny DiT: six blocks of D = 128, 16 latent and 32 text tokens; two FLOPs a multiplication, and twice
-    # that going back; attention's own products are a few per cent more
-    by_hand = 6e-9 * 6 * (16 * 14 + 32 * 2 + 9) * 128 ** 2
-    assert len(flops) == 3 and flops[2] == pytest.approx(by_hand, rel=0.1)
+    assert len(numbers) >= 9 and min(numbers) > 0
 
 
 # --- The page: notes/reading ----------------------------------------------------------------------

@@ -232,8 +232,8 @@ def train_autoencoder(draw_x, variant: Variant, cfg: Config, seed: int) -> svae.
 # --- Errors ---------------------------------------------------------------------------------------
 
 def errors(x: torch.Tensor, Q: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
-    """Of points x (n, D) beside a sheet spanned by Q (D, 2) with true points (m, 2): what the head
-    of this file says."""
+    """How far points x (n, D) are from a sheet spanned by Q (D, 2) and from true points (m, 2) on
+    it, on average and at worst."""
     y = x @ Q
     beside = (x - y @ Q.T).norm(dim=1)
     nearest = torch.cat([torch.cdist(part, true).min(1).values for part in y.split(1024)])

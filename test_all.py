@@ -2959,9 +2959,9 @@ def test_every_kind_of_t5_encoder_loads_whole(kind, tmp_path, encoders):
     network = model(config(vocab_size=400, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2,
                            pad_token_id=0, eos_token_id=1)).eval()
     network.save_pretrained(tmp_path / "text")
-    if kind == "T5":                                            # as the Hub has it, with its decoder
-        more = {"lm_head.weight": torch.zeros(400, 16), "decoder.final_layer_norm.weight": torch.zeros(16)}
-        weights_changed(lambda w: w | more)(tmp_path / "text")
+    # As the Hub has it, with its decoder
+    more = {"lm_head.weight": torch.zeros(400, 16), "decoder.final_layer_norm.weight": torch.zeros(16)}
+    weights_changed(lambda w: w | more)(tmp_path / "text")
     encoder = data.load_text_encoder(str(tmp_path / "text"))
     tokens = encoder.tokenize(["a red circle"])
     expected = network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])

@@ -717,7 +717,8 @@ def _load_network(kind, name: str, model_types: tuple[str, ...], dtype):
     network, info = _from_pretrained(kind, name, dtype=dtype, output_loading_info=True)
     wrong = [str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
              for key in sorted(info[what], key=str)
-             if "position_ids" not in str(key) and not str(key).startswith("lm_head.")]
+             if "position_ids" not in str(key)         # nor a T5's other half
+             and not str(key).startswith(("lm_head.", "decoder."))]
     if wrong:
         raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or "
                         f"unexpected, the first {wrong[0]}.")

@@ -7,7 +7,6 @@ is the claim. Second half: folders, checkpoints, resume, the command line, the s
 notes/checks/mutants.py breaks each equation on purpose and sees its test go red.
 """
 
-import ast
 import collections
 import contextlib
 import csv
@@ -45,9 +44,9 @@ import dit
 import psvae
 import sample
 import svae
-from notes import convert, curves
+from notes import convert
 from notes.checks import bench, evaluate
-from notes.claims import claims, lab, off_manifold
+from notes.claims import claims, off_manifold
 from notes.reading import build as reading
 from notes.tiny import pretrain_tiny, ship
 from notes.world import editbench, emoji, geneval, judge, swaps
@@ -60,7 +59,6 @@ PROGRAMS = {"data": data, **STAGES, "dit": dit, "sample": sample}
 
 
 # --- Independent forms, in float64 numpy ----------------------------------------------------------
-
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -239,7 +237,6 @@ def losses(path):
 
 # --- The equations: problem formulation -----------------------------------------------------------
 
-
 def test_eq_2_contrastive_loss_is_minus_log_of_the_positive_share():
     f, g, tau = randn(5, 4), randn(5, 4, seed=1), 0.3
     a, b = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (f, g))
@@ -265,7 +262,6 @@ def test_eq_2_equal_captions_are_no_negatives():
 
 
 # --- S-VAE ----------------------------------------------------------------------------------------
-
 
 def two_layers_by_hand(x, w):
     h = gelu(layer_norm_affine(linear(x, w, "body.0"), w, "body.1"))
@@ -357,7 +353,6 @@ def test_eq_11_kl_sums_over_channels_and_averages_over_positions(stage):
 
 # --- PS-VAE ---------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", ["Projector", "ResidualBlock", "SemanticDecoder", "reparameterize",
                                   "kl_divergence"])
 def test_what_both_stages_define_is_one_text(name):
@@ -394,15 +389,6 @@ def test_eq_13_the_held_out_target_comes_from_the_frozen_encoder_not_the_trained
     assert math.isclose(frozen, logged, rel_tol=1e-4)
     assert not math.isclose(moving, logged, rel_tol=1e-3), (
         "the trained encoder has not moved: the test says nothing")
-
-
-def test_held_out_losses_in_unequal_parts_are_those_of_all_pictures_at_once(micro_psvae, encoders):
-    x, frozen = torch.rand(7, 3, 32, 32) * 2 - 1, data.load_image_encoder(encoders[0])
-    losses = [psvae.held_out_losses(micro_psvae, frozen, x, psvae.Config(
-        image_size=32, z_dim=8, lpips_weight=0.0, batch=batch)) for batch in (7, 3)]
-    assert losses[0].keys() == losses[1].keys() == {"loss", "semantic", "pixel", "perceptual", "kl", "psnr"}
-    for name, value in losses[0].items():
-        assert math.isclose(value, losses[1][name], rel_tol=1e-5), name
 
 
 def test_a_fresh_block_of_the_pixel_decoder_is_the_identity_and_still_learns():
@@ -556,7 +542,6 @@ def test_eq_19_lpips_is_frozen_and_its_gradient_is_finite_on_flat_pictures(lpips
 
 # --- Diffusion process ----------------------------------------------------------------------------
 
-
 def test_eq_20_forward_process_has_mean_and_variance_of_q():
     alpha_bar = dit.noise_schedule(100, 1e-4, 0.02)
     z_0, t = torch.full((20_000, 1, 1, 1), 1.7, dtype=torch.float64), torch.full((20_000,), 60)
@@ -611,7 +596,6 @@ def test_eq_23_ddim_with_eta_1_and_all_steps_is_the_ddpm_posterior(t):
 
 
 # --- DiT architecture -----------------------------------------------------------------------------
-
 
 ALPHA_BAR = dit.noise_schedule(1000, 1e-4, 0.02)
 
@@ -771,7 +755,8 @@ def test_eq_24_to_31_the_head_is_adaln_and_linear():
     w = weights(model)
     h = linear(z.numpy().reshape(2, 4, 3), w, "embed") + w["position"]
     gamma, beta = np.split(model.modulations(t)[0].detach().numpy()[:, None], 2, -1)
-    same(model(z, t, c, mask), linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3), 1e-4)
+    expected = linear((1 + gamma) * layer_norm(h) + beta, w, "head").reshape(2, 2, 2, 3)
+    same(model(z, t, c, mask), expected, 1e-4)
 
 
 def test_eq_24_to_31_recomputing_activations_changes_no_gradient():
@@ -785,7 +770,6 @@ def test_eq_24_to_31_recomputing_activations_changes_no_gradient():
 
 # --- Training objective ---------------------------------------------------------------------------
 
-
 def test_eq_32_loss_is_the_mean_squared_error_of_the_noise():
     eps, eps_hat = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1)
     same(dit.dit_loss(eps, eps_hat), ((eps.numpy() - eps_hat.numpy()) ** 2).mean())
@@ -793,7 +777,8 @@ def test_eq_32_loss_is_the_mean_squared_error_of_the_noise():
 
 
 def test_eq_32_with_v_is_the_error_of_eps_weighted_by_1_over_alpha_bar():
-    z_0, eps, v_hat, t = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1), randn(2, 2, 2, 3, seed=2), torch.tensor([30, 700])
+    z_0, eps, v_hat = (randn(2, 2, 2, 3, seed=i) for i in range(3))
+    t = torch.tensor([30, 700])
     ab = ALPHA_BAR[t].view(2, 1, 1, 1)
     z_t = dit.add_noise(z_0, t, eps, ALPHA_BAR)
     v = dit.v_of(z_0, t, eps, ALPHA_BAR)
@@ -819,7 +804,6 @@ def test_edit_batches_are_evenly_spread_and_rows_are_each_seen_once_an_epoch():
 
 
 # --- What makes the tiny setting learn ------------------------------------------------------------
-
 
 def test_places_start_apart_and_as_loud_as_embed_of_z_t():
     for grid, width in ((4, 128), (16, 768), (2, 30)):
@@ -854,36 +838,7 @@ def test_whitened_text_has_mean_0_and_covariance_1_and_quiet_directions_stay_qui
     same(torch.stack(model.keys_values(c)[0]), torch.stack(plain), 1e-6)
 
 
-def test_a_run_whitens_by_its_own_captions_and_keeps_the_map(copy, encoders):
-    out = copy("latents")
-    assert dit.main([*DIT, "--text-encoder", encoders[1], "--steps", "2", "--out", str(out)]) == 0
-    saved = state(out / "dit.pt")
-    lengths, tokens = np.load(out / "text/00000.lengths.npy"), np.load(out / "text/00000.npy")
-    assert lengths.sum() == len(tokens)
-    for weights in (saved["model"], saved["ema"]):
-        same(weights["text_shift"], tokens.astype(np.float64).mean(0), 1e-4)
-        assert not torch.equal(weights["text_map"], torch.eye(len(weights["text_map"])))
-
-
-def test_words_of_counts_without_capitals_and_stops_at_most():
-    assert dit.words_of(["A red, red star.", "a Star"], most=3) == ["a", "red", "star"]
-
-
-def test_every_picture_has_complete_captions_and_loose_ones(world):
-    with open(world / "train/metadata.jsonl") as lines:
-        rows = [json.loads(line) for line in lines]
-    first = {row["file_name"]: row for row in rows if "scene" in row}
-    captions = [row for row in rows if "source" not in row]
-    assert set(first) == {row["file_name"] for row in captions} and len(captions) > 3.5 * len(first)
-    words = lambda name: toy.WORDS.get(name, (name,))
-    for row in first.values():                                              # the first is complete
-        said = [o[name] for o in row["scene"]["objects"] for name in toy.LOOK]
-        for name in [*said, row["scene"]["background"]]:
-            assert any(word in row["text"] for word in words(name)), row
-
-
 # --- Inference ------------------------------------------------------------------------------------
-
 
 def test_eq_33_guidance():
     null, c = randn(2, 2, 2, 3), randn(2, 2, 2, 3, seed=1)
@@ -971,7 +926,6 @@ def test_eq_34_agrees_with_diffusers(steps, eta):
 
 # --- What a person reads: numbers and names -------------------------------------------------------
 
-
 def test_psnr_ssim_and_frechet_distance_against_their_definitions():
     x, x_hat = torch.rand(2, 3, 24, 24) * 2 - 1, torch.rand(2, 3, 24, 24) * 2.4 - 1.2
     a, b = ((p.clamp(-1, 1).numpy().astype(np.float64) + 1) / 2 for p in (x_hat, x))
@@ -1020,7 +974,6 @@ def test_every_equation_stands_once_above_its_line_in_the_guides_order_and_has_a
 
 
 # --- Folders of images and captions ---------------------------------------------------------------
-
 
 def folder_of(top, pictures, files):
     """Empty pictures (to list a folder opens none) and files: text, bytes, or a path to link to."""
@@ -1196,22 +1149,12 @@ def test_an_edit_across_both_sides_is_held_out(tmp_path):
     assert data.joined((train, held_out)).images == ["train/c.png", "val/b.png", "train/a.png"]
 
 
-def test_the_world_is_read_like_any_folder(world, capsys):
-    train, held_out = data.read_folder("", out=str(world.parent))
-    assert len(train.images) == 120 and len(held_out.images) == 5 and not train.skipped
-    assert sum(source >= 0 for _, _, source in train.rows) == 48
-    assert (held_out.root, held_out.layout) == (world / "val", "metadata")
-    assert not capsys.readouterr().out
-
-
 # --- Hostile and broken data ----------------------------------------------------------------------
-
 
 def png(width, height, colour_type, depth, rows):
     """A PNG made by hand: what Pillow would not write."""
     def chunk(kind, body):
-        return (struct.pack(">I", len(body)) + kind + body
-                + struct.pack(">I", zlib.crc32(kind + body)))
+        return (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
     head = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
             + chunk(b"IEND", b""))
@@ -1261,8 +1204,7 @@ def broken_zoo(folder):
     (folder / "bomb.png").write_bytes(png(60_000, 60_000, 2, 8, b""))
     (folder / "large.png").write_bytes(png(13_000, 13_000, 0, 8, b""))
     (folder / "no pixels.png").write_bytes(png(8, 8, 2, 8, b""))
-    return ["cut.jpg", "empty.png", "letter.png", "program.png", "bomb.png", "large.png",
-            "no pixels.png"]
+    return ["cut.jpg", "empty.png", "letter.png", "program.png", "bomb.png", "large.png", "no pixels.png"]
 
 
 def test_every_kind_of_picture_is_converted_as_a_person_sees_it(tmp_path):
@@ -1319,8 +1261,7 @@ class Failing(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs", "cannot send", "raises"])
-def test_workers_that_fail_end_a_run_in_one_line_that_names_the_way_without_them(how, monkeypatch,
-                                                                                 refused):
+def test_workers_that_fail_end_a_run_in_one_line_that_names_the_way_without_them(how, monkeypatch, refused):
     monkeypatch.setattr(data, "PATIENCE", 3)
     line = refused(data.program(lambda _: list(data.batches(Failing(how), lambda step: [step], 0, 4,
                                                             workers=1))))
@@ -1340,13 +1281,6 @@ def zoo_flags(encoders, folder, out):
     return [str(word) for word in words]
 
 
-def test_too_many_broken_pictures_end_a_run_with_their_count(tmp_path, encoders, refused):
-    readable_zoo(tmp_path / "zoo"), broken_zoo(tmp_path / "zoo")
-    line = refused(svae.main, *zoo_flags(encoders, tmp_path / "zoo", tmp_path / "out"))
-    assert re.search(r"[2-7] of \d+ pictures are unusable.*--max-broken 0.01", line)
-    assert not (tmp_path / "out/svae.pt").exists()
-
-
 def test_one_broken_picture_stops_nobody(tmp_path, encoders, capsys):
     picture(tmp_path / "in/train/a.png"), touch(tmp_path, "in/train/b.png", "in/val/broken.png")
     picture(tmp_path / "in/val/c.png")
@@ -1355,13 +1289,16 @@ def test_one_broken_picture_stops_nobody(tmp_path, encoders, capsys):
     assert "cannot read 'b.png'" in said and "broken.png" in said      # also of those held out
 
 
-def test_with_max_broken_1_a_run_names_what_it_skips_and_the_latents_have_no_row_for_it(
-        tmp_path, encoders, capsys):
+def test_too_many_broken_pictures_end_a_run_and_with_max_broken_1_the_latents_have_no_row_for_them(
+        tmp_path, encoders, capsys, refused):
     good, bad = readable_zoo(tmp_path / "zoo"), broken_zoo(tmp_path / "zoo")
-    flags = zoo_flags(encoders, tmp_path / "zoo", tmp_path / "out")
-    assert psvae.main([*flags, *PSVAE[:2], "--max-broken", "1", "--lpips-weight", "0"]) == 0
+    flags = [*zoo_flags(encoders, tmp_path / "zoo", tmp_path / "out"), *PSVAE[:2], "--lpips-weight", "0"]
+    line = refused(psvae.main, *flags)
+    assert re.search(r"[2-7] of \d+ pictures are unusable.*--max-broken 0.01", line)
+    assert not (tmp_path / "out/psvae.pt").exists()
+    assert psvae.main([*flags, "--max-broken", "1"]) == 0
     said = capsys.readouterr().out
-    assert all(f"cannot read {name!r}" in said for name in bad)
+    assert "start from scratch" in said and all(f"cannot read {name!r}" in said for name in bad)
     with open(tmp_path / "out/latents/rows.jsonl", encoding="utf-8") as rows:
         rows = [json.loads(line) for line in rows]
     assert len(rows) == len(good) and len({row["image"] for row in rows}) == len(good)
@@ -1396,8 +1333,7 @@ def test_hostile_rows_are_counted_and_named_and_none_leaves_the_folder(tmp_path,
     assert f"{bad} rows are left out" in capsys.readouterr().out
     assert len(train.skipped) == bad and train.images == ["a.png"]
     assert sum("leaves the folder" in line for line in train.skipped) == 6
-    assert all(re.match(rf"metadata.jsonl row {i}: .", line)
-               for i, line in enumerate(train.skipped, 1))
+    assert all(re.match(rf"metadata.jsonl row {i}: .", line) for i, line in enumerate(train.skipped, 1))
     assert [len(text) for _, text, _ in train.rows] == [0, 100_000, 8]
     assert all(text.encode("utf-8") is not None for _, text, _ in train.rows)    # can be written
 
@@ -1417,11 +1353,6 @@ def test_a_file_name_that_is_no_unicode_gives_a_caption_that_can_be_written(tmp_
     assert train.rows[0][1].encode("utf-8").startswith(b"red")
     assert data.Pictures(train, 32)[(0, None)][1] == []
     assert data.printable("a\x1b[2J\n\udcff é") == "a\\x1b[2J\\n\\udcff é"
-
-
-def test_one_picture_is_enough_for_a_run(tmp_path, encoders):
-    picture(tmp_path / "in/a.png")
-    assert svae.main(zoo_flags(encoders, tmp_path / "in", tmp_path / "out")) == 0
 
 
 def test_data_py_reports_everything_and_ends_with_what_training_will_say(tmp_path, capsys):
@@ -1478,16 +1409,7 @@ def test_nothing_but_a_file_is_written_over_and_a_link_stays_one(tmp_path):
     assert (tmp_path / "to.png").is_symlink() and Image.open(tmp_path / "there.png").size == (9, 9)
 
 
-def test_letters_of_captions_are_drawn_or_replaced_never_boxes(monkeypatch):
-    assert data._drawable("a \U0010ffff") == "a ?"
-    monkeypatch.setattr(data, "FONTS", ())             # a system without fonts
-    data._font.cache_clear()
-    assert data._drawable("é 画") == "e ?"
-    data._font.cache_clear()
-
-
 # --- Pretrained networks --------------------------------------------------------------------------
-
 
 @pytest.fixture(params=["plain", "gated", "gated, with registers"])
 def image_encoder(request, encoders, tmp_path, monkeypatch):
@@ -1510,39 +1432,15 @@ def test_features_are_the_networks_own_patch_tokens_and_the_mean_colour_of_image
     assert tokens.shape[1] == 9 + 1 + getattr(network.config, "num_register_tokens", 0)
     assert torch.equal(f, tokens[:, -9:].unflatten(1, (3, 3))) and f.dtype == torch.float32
     seen.clear()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1)
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for x in (mean, mean + std):
         image_encoder((x * 2 - 1).expand(1, 3, 32, 32))
     assert seen[0].abs().max() < 1e-5 and (seen[1] - 1).abs().max() < 1e-5
 
-
-def test_a_patch_sees_its_own_cell_of_the_picture(encoders):
-    encoder = data.load_image_encoder(encoders[0])
-    x = torch.zeros(1, 3, 64, 64)
-    x[:, :, 16:32, 48:] = 1                                             # row 1, column 3 of 4 x 4 cells
-    embed = encoder.network.embeddings.patch_embeddings
-    kept = []
-    embed.register_forward_hook(lambda *args: kept.append(args[2]))
-    encoder(torch.zeros_like(x)), encoder(x)
-    change = (kept[1] - kept[0]).norm(dim=-1).view(4, 4)
-    assert change.argmax() == 1 * 4 + 3 and change[3, 0] == 0
-
-
-def test_the_image_encoder_stays_in_eval_mode_and_its_mask_token_frozen(encoders):
-    encoder = data.load_image_encoder(encoders[0])
-    torch.nn.Sequential(encoder).train()
-    assert not any(module.training for module in encoder.modules())
-    frozen = [name for name, p in encoder.named_parameters() if not p.requires_grad]
-    assert frozen == ["network.embeddings.mask_token"]
-
-
-def test_a_description_rebuilds_the_encoder(image_encoder):
     again = data.build_image_encoder(json.loads(json.dumps(image_encoder.description)))
-    again.load_state_dict(image_encoder.state_dict())
+    again.load_state_dict(image_encoder.state_dict())                   # its description rebuilds it
     x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(image_encoder(x), again(x))
-    assert again.description == image_encoder.description
+    assert torch.equal(image_encoder(x), again(x)) and again.description == image_encoder.description
 
 
 def test_another_kind_of_network_or_one_that_is_not_there_is_refused(encoders):
@@ -1584,23 +1482,13 @@ HALF = {
 
 
 @pytest.mark.parametrize("how", HALF)
-def test_a_folder_with_half_a_network_or_with_code_is_refused_and_nothing_executed(
-        tmp_path, encoders, how):
+def test_a_folder_with_half_a_network_or_with_code_is_refused_and_nothing_executed(tmp_path, encoders, how):
     text = how == "no vocabulary"
     folder = shutil.copytree(encoders[text], tmp_path / "encoder")
     HALF[how](folder)
     with pytest.raises(data.UserError, match="tokenizer" if text else re.escape(str(folder))):
         (data.load_text_encoder if text else data.load_image_encoder)(str(folder))
     assert not (folder / "executed").exists()
-
-
-def test_a_t5_with_its_decoder_loads_like_the_encoder_alone(tmp_path, encoders):
-    folder = shutil.copytree(encoders[1], tmp_path / "text")
-    weights_changed(lambda w: w | {"lm_head.weight": torch.zeros(400, 32),
-                                   "decoder.final_layer_norm.weight": torch.zeros(32)})(folder)
-    one, two = (data.load_text_encoder(str(name))(["a red circle"])[0]
-                for name in (folder, encoders[1]))
-    assert torch.equal(one, two)
 
 
 def test_texts_are_embedded_alike_alone_and_padded_beside_longer_ones(encoders):
@@ -1624,7 +1512,6 @@ def test_a_text_is_cut_at_the_limit_and_keeps_its_end_token(encoders):
 
 # --- The randomness of a step ---------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("count, batch", [(10, 4), (7, 7), (3, 8), (64, 1)])
 def test_every_epoch_is_another_permutation_of_the_rows_without_a_gap(count, batch):
     drawn = np.concatenate([data.order(0, "s", count, batch, step) for step in range(4 * count)])
@@ -1632,41 +1519,20 @@ def test_every_epoch_is_another_permutation_of_the_rows_without_a_gap(count, bat
     assert (np.sort(epochs, 1) == np.arange(count)).all() and len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_the_order_depends_on_seed_stage_and_step_alone():
-    draw = lambda *key: data.order(key[0], key[1], 50, 8, key[2]).tolist()
-    first = draw(1, "svae", 9)
-    data._permutation.cache_clear()
-    assert first not in (draw(2, "svae", 9), draw(1, "dit", 9), draw(1, "svae", 10))
-    assert draw(1, "svae", 9) == first
-
-
-def test_every_purpose_of_every_step_has_its_own_noise():
-    draws = {tuple(torch.randn(3, generator=data.generator(*key)).tolist())
-             for key in ((0, "a", 0, "eps"), (1, "a", 0, "eps"), (0, "b", 0, "eps"), (0, "a", 1, "eps"),
-                         (0, "a", 0, "t"))}
-    assert len(draws) == 5
-    one, two = (torch.randn(3, generator=data.generator(7, "a", 3, "t")) for _ in range(2))
-    assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("draw",
-                         [lambda run: run.randn(5, "eps", 2, 3), lambda run: run.randint(5, "t", 1, 1001),
-                                  lambda run: torch.tensor(run.mine(list(range(12))))])
-def test_the_draws_of_two_ranks_are_the_halves_of_one_process_draw(draw):
-    def rank(rank, world):
-        run = object.__new__(data.Run)
-        run.cfg, run.stage, run.device = SimpleNamespace(seed=3, batch=12), "svae", torch.device("cpu")
-        run.rank, run.world = rank, world
-        return draw(run)
-    assert (torch.equal(torch.cat([rank(0, 2), rank(1, 2)]), rank(0, 1))
-            and not torch.equal(rank(0, 2), rank(1, 2)))
+def test_what_is_drawn_depends_on_seed_stage_step_and_purpose_alone():
+    key = (0, "svae", 9, "eps")
+    others = [(1, *key[1:]), (0, "dit", *key[2:]), (0, "svae", 10, "eps")]
+    noise = lambda *key: torch.randn(3, generator=data.generator(*key)).tolist()
+    order = lambda seed, stage, step, _: data.order(seed, stage, 50, 8, step).tolist()
+    for draw, keys in ((noise, [*others, (0, "svae", 9, "t")]), (order, others)):
+        first = draw(*key)
+        data._permutation.cache_clear()
+        assert first == draw(*key) and first not in [draw(*other) for other in keys]
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("stage, library, at", [
-    ("svae", torch, 1), ("psvae", torch, 1), ("dit", torch, 1), ("psvae", np, 5), ("dit", np, 5)])
+@pytest.mark.parametrize("stage, library, at", [("svae", torch, 1), ("psvae", np, 5), ("dit", np, 5)])
 def test_a_full_disk_is_one_line_keeps_what_is_whole_and_the_run_goes_on_when_there_is_room(
         stage, library, at, copy, trained, refused, monkeypatch):
     """At the checkpoint, or at the fifth file of latents or texts."""
@@ -1704,47 +1570,48 @@ class Attack:
         return open, (str(self.path), "w")
 
 
-def edited(change):
-    def apply(path):
-        checkpoint = state(path)
+def edited(change, name="svae.pt"):
+    """A checkpoint says something else."""
+    def apply(out, patch):
+        checkpoint = state(out / name)
         change(checkpoint)
-        torch.save(checkpoint, path)
+        torch.save(checkpoint, out / name)
     return apply
 
 
+def put(name, content):
+    return lambda out, patch: (out / name).write_bytes(content.encode("latin-1"))
+
+
+def with_attack(out, patch):
+    torch.save(state(out / "svae.pt") | {"x": Attack(out / "executed")}, out / "svae.pt")
+
+
+# What is wrong with svae.pt, and what is said of it
 DAMAGE = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "a list": lambda path: torch.save([1, 2], path),
-    "executed": lambda path: torch.save(state(path) | {"x": Attack(path.with_name("executed"))}, path),
-    "pickled": lambda path: path.write_bytes(pickle.dumps(Attack(path.with_name("executed")))),
-    "stage 'psvae'; needed: 'svae'": edited(lambda c: c.update(stage="psvae")),
-    "format 99; needed: 1": edited(lambda c: c.update(format=99)),
-    **{f"'{key}'": edited(lambda c, key=key: c.pop(key))
+    "cut": (lambda out, _: os.truncate(out / "svae.pt", 20_000), ""),
+    "empty": (put("svae.pt", ""), ""),
+    "a list": (lambda out, _: torch.save([1, 2], out / "svae.pt"), ""),
+    "holds code": (with_attack, ""),
+    "a pickle": (lambda out, _: (out / "svae.pt").write_bytes(pickle.dumps(Attack(out / "executed"))), ""),
+    "another stage": (edited(lambda c: c.update(stage="psvae")), "stage 'psvae'; needed: 'svae'"),
+    "another format": (edited(lambda c: c.update(format=99)), "format 99; needed: 1"),
+    **{f"no {key}": (edited(lambda c, key=key: c.pop(key)), f"'{key}'")
        for key in ("config", "model", "step", "optimizer", "pending")},
-    **{f"{key} is text": edited(lambda c, key=key: c.update({key: "7"}))
+    **{f"{key} is text": (edited(lambda c, key=key: c.update({key: "7"})), "")
        for key in ("config", "model", "step", "optimizer", "pending", "data")},
-    "--batch is 'many'": edited(lambda c: c["config"].update(batch="many")),
-    "1 weights do not fit, the first": edited(lambda c: c["model"].pop(min(c["model"]))),
-    "the first surplus": edited(lambda c: c["model"].update(surplus=torch.zeros(1))),
-    "(7,) instead of (": edited(
-        lambda c: c.update(model=dict.fromkeys(c["model"], torch.zeros(7)))),
-    "holds NaN or infinite": edited(lambda c: min(c["model"].items())[1].mul_(math.nan)),
-    "optimizer holds NaN": edited(lambda c: c["optimizer"]["state"][0]["exp_avg"].mul_(math.inf)),
-    "lacks every moment": edited(lambda c: c["optimizer"]["state"].clear()),
+    "a flag is text": (edited(lambda c: c["config"].update(batch="many")), "--batch is 'many'"),
+    "a weight is missing": (edited(lambda c: c["model"].pop(min(c["model"]))),
+                            "1 weights do not fit, the first"),
+    "a weight is too many": (edited(lambda c: c["model"].update(surplus=torch.zeros(1))),
+                             "the first surplus"),
+    "other shapes": (edited(lambda c: c.update(model=dict.fromkeys(c["model"], torch.zeros(7)))),
+                     r"\(7,\) instead of \("),
+    "NaN": (edited(lambda c: min(c["model"].items())[1].mul_(math.nan)), "holds NaN or infinite"),
+    "infinite moments": (edited(lambda c: c["optimizer"]["state"][0]["exp_avg"].mul_(math.inf)),
+                         "optimizer holds NaN"),
+    "no moments": (edited(lambda c: c["optimizer"]["state"].clear()), "lacks every moment"),
 }
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_hostile_or_damaged_checkpoint_is_refused_with_a_reason_and_left_alone(what, copy, refused):
-    out = copy("svae.pt", "svae.csv")
-    DAMAGE[what](out / "svae.pt")
-    before = (out / "svae.pt").read_bytes(), (out / "svae.csv").read_bytes()
-    line = refused(svae.main, "--out", out, "--steps", 9)
-    assert what in line or not re.search("'|:|the first|instead|holds|every", what)
-    assert re.search("svae.pt|configuration", line) and "is damaged or of another version" in line
-    assert (before == ((out / "svae.pt").read_bytes(), (out / "svae.csv").read_bytes())
-            and not (out / "executed").exists())
 
 
 def test_moments_of_stride_0_are_made_dense_before_the_optimizer_reads_them(copy):
@@ -1752,18 +1619,10 @@ def test_moments_of_stride_0_are_made_dense_before_the_optimizer_reads_them(copy
     for moment in (lambda m: torch.full_like(m, 1e-4), lambda m: torch.tensor(1e-4).expand(m.shape)):
         out = copy("svae.pt", "svae.csv")
         change = lambda moments: moments.update(exp_avg=moment(moments["exp_avg"]))
-        edited(lambda c: change(c["optimizer"]["state"][0]))(out / "svae.pt")
+        edited(lambda c: change(c["optimizer"]["state"][0]))(out, None)
         assert svae.main(["--out", str(out), "--steps", "9"]) == 0
         models.append(state(out / "svae.pt")["model"])
     assert equal(*models)
-
-
-def damaged(name, change):
-    return lambda out, patch: edited(change)(out / name)
-
-
-def put(name, content):
-    return lambda out, patch: (out / name).write_bytes(content.encode("latin-1"))
 
 
 def meta(**new):
@@ -1793,7 +1652,7 @@ def other_weights(name, key):
     def apply(out, patch):
         folder = shutil.copytree(state(out / name)["config"][key], out / "other")
         weights_changed(lambda w: {name: weight + 0.1 for name, weight in w.items()})(folder)
-        edited(lambda c: c["config"].update({key: str(folder)}))(out / name)
+        edited(lambda c: c["config"].update({key: str(folder)}), name)(out, patch)
     return apply
 
 
@@ -1803,7 +1662,7 @@ def as_transformers_4_calls_them(c):
 
 
 def without_edits(out, patch):
-    picture(out / "a.png"), edited(lambda c: c.update(edits=0))(out / "dit.pt")
+    picture(out / "a.png"), edited(lambda c: c.update(edits=0), "dit.pt")(out, patch)
 
 
 nothing = lambda out, patch: None
@@ -1813,25 +1672,25 @@ STAGE_2 = " ".join(["psvae", *PSVAE])
 OTHER = "weights of .*/other are not|encoder than .*/other is now"
 # What is met: (files that are there, what is done to them, what is typed, what is said)
 REFUSED = {
-    **{f"psvae.pt lacks {key}": (
-        "psvae.pt", damaged("psvae.pt", lambda c, key=key: c.pop(key)), "psvae",
-        f"psvae.pt is damaged.*{key}") for key in ("encoder_description", "model", "config")},
-    **{f"dit.pt lacks {key}": (
-        MODEL, damaged("dit.pt", lambda c, key=key: c.pop(key)), "sample",
-        f"dit.pt is damaged.*{key}")
-       for key in ("ema", "shape", "psvae_fingerprint", "mean", "variance", "text_fingerprint",
-                   "edits", "config")},
+    **{f"svae.pt: {what}": (
+        "svae.pt svae.csv", change, "svae --steps 9",
+        f"(?=.*is damaged or of another version)(?=.*(svae.pt|configuration)).*{said}")
+       for what, (change, said) in DAMAGE.items()},
+    **{f"{name} lacks {key}": (MODEL, edited(lambda c, key=key: c.pop(key), name), program,
+                               f"{name} is damaged.*{key}")
+       for name, program, keys in (("psvae.pt", "psvae", ["encoder_description", "model"]),
+                                   ("dit.pt", "sample", ["ema", "shape", "psvae_fingerprint", "mean"]))
+       for key in keys},
     "a small file that declares a huge network": (
-        MODEL, damaged("dit.pt", lambda c: c["config"].update(width=60000, heads=2, depth=1000)),
+        MODEL, edited(lambda c: c["config"].update(width=60000, heads=2, depth=9), "dit.pt"),
         "sample", "do not fit"),
     "a checkpoint of transformers 4": (
-        "psvae.pt", damaged("psvae.pt", as_transformers_4_calls_them), "psvae --encode-only",
+        "psvae.pt", edited(as_transformers_4_calls_them, "psvae.pt"), "psvae --encode-only",
         "(?=.*made with transformers 4.57.1, here is ).*weights do not fit"),
     **{f"{name}: {content}": (TRAINED, put(f"latents/{name}", content), "dit --steps 9",
                               "(?=.*latents).*python psvae.py") for name, content in (
-        ("meta.json", "{"), ("meta.json", "[]"), ("meta.json", '{"format": 1}'),
-        ("rows.jsonl", "{"), ("rows.jsonl", '{"image": 999999, "text": "x"}\n'),
-        ("rows.jsonl", '{"image": 1, "text": 5}\n'), ("00000.npy", "junk"))},
+        ("meta.json", "{"), ("meta.json", '{"format": 1}'), ("rows.jsonl", "{"),
+        ("rows.jsonl", '{"image": 999999, "text": "x"}\n'), ("00000.npy", "junk"))},
     "a shard is gone": (TRAINED, lambda out, _: (out / "latents/00000.npy").unlink(),
                         "dit --steps 9", "(?=.*latents).*python psvae.py"),
     "texts that say nothing": (
@@ -1850,10 +1709,12 @@ REFUSED = {
                                   "latents of other pictures or captions: 125 pictures, 125"),
     "latents of other statistics": (TRAINED, meta(variance=[9.0] * 8), "dit --steps 9",
                                     "latents of other channel statistics"),
+    "latents of an older psvae.pt": ("psvae.pt latents", meta(fingerprint="f" * 64), "dit",
+                                     "another psvae.pt.*python psvae.py --out .* --encode-only"),
     "latents of another psvae.pt": (TRAINED, meta(fingerprint="f" * 64), "dit --steps 9",
                                     "latents of another psvae.pt"),
     "a dit.pt of another psvae.pt": (
-        MODEL, damaged("psvae.pt", lambda c: c.update(fingerprint="f" * 64)), "sample",
+        MODEL, edited(lambda c: c.update(fingerprint="f" * 64), "psvae.pt"), "sample",
         "latents of another psvae.pt"),
     **{f"{stage} {flag} {value}, resumed": (
         f"{stage}.pt latents", nothing, f"{stage} --steps 9 {flag} {value}",
@@ -1892,18 +1753,16 @@ REFUSED = {
         data.importlib.metadata, "version", lambda name: "4.57.1"), "svae",
         "transformers 4.57.1 is installed; needed is 5.17"),
     **{f"half of torchrun: {given}": ("", environment(given), "svae", given.split()[0])
-       for given in ("RANK=1", "RANK=abc WORLD_SIZE=2 LOCAL_RANK=0",
-                     "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0", "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0")},
+       for given in ("RANK=1", "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0")},
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_run_that_cannot_go_on_says_why_in_one_line_and_changes_no_checkpoint(
-        what, copy, refused, monkeypatch):
+def test_a_run_that_cannot_go_on_says_why_in_one_line_and_changes_no_file(what, copy, refused, monkeypatch):
     files, change, command, said = REFUSED[what]
     out = copy(*files.split())
     change(out, monkeypatch)
-    before = {path: path.read_bytes() for path in out.glob("*.pt")}
+    before = {path: path.read_bytes() for path in out.glob("*.*") if path.is_file()}
     name, *words = command.format(out=out).split()
     where = ["--out", out]
     if name == "sample":
@@ -1911,7 +1770,7 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line_and_changes_no_checkpoint(
     line = refused(PROGRAMS[name].main, *where, *words)
     assert re.search(said, line), line
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert not (out / "x.png").exists() and not list(out.glob("*.partial/*.npy"))
+    assert not {"x.png", "executed"} & set(os.listdir(out)) and not list(out.glob("*.partial/*.npy"))
 
 
 def test_the_fingerprint_is_that_of_the_weights_that_encode(trained):
@@ -1927,7 +1786,6 @@ def test_the_fingerprint_is_that_of_the_weights_that_encode(trained):
 
 
 # --- Runs: stop, go on, several processes, numbers going wrong ------------------------------------
-
 
 def stop_at(patch, stage, count, method="record"):
     """A real SIGTERM in the middle of the count-th step from now."""
@@ -1966,7 +1824,8 @@ def test_a_run_stopped_twice_says_how_to_resume_and_is_bit_equal_to_one_that_was
     assert not list(out.rglob("*.partial"))
 
 
-def test_latents_of_a_stopped_encoding_are_bit_equal_and_nothing_is_encoded_twice(copy, monkeypatch):
+def test_latents_of_a_stopped_encoding_are_bit_equal_and_those_of_many_shards_are_read_as_those_of_one(
+        copy, trained, encoders, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 16)
     stopped, whole = copy("psvae.pt"), copy("psvae.pt")
     with monkeypatch.context() as patch:
@@ -1982,39 +1841,9 @@ def test_latents_of_a_stopped_encoding_are_bit_equal_and_nothing_is_encoded_twic
     assert names[:8] == [f"{i:05d}.npy" for i in range(8)] and not (stopped / "latents.partial").exists()
     for name in names:
         assert (stopped / "latents" / name).read_bytes() == (whole / "latents" / name).read_bytes(), name
-
-
-def test_latents_are_the_same_in_one_shard_and_in_many_and_a_worker_opens_its_own(copy, trained, monkeypatch):
-    rows = [json.loads(line) for line in open(trained / "latents/rows.jsonl", encoding="utf-8")]
-    captions = ["", *sorted({row["text"] for row in rows} - {""})]
-    one = data.Latents(trained / "latents", rows, data.Texts(trained / "text", captions))
-    keys = [(number, False, False) for number in range(0, len(rows), 7)]
-    expected = [one[key] for key in keys]
-    monkeypatch.setattr(data, "SHARD", 16), monkeypatch.setattr(data, "BLOCK", 10)
-    out = copy("psvae.pt")
-    assert psvae.main(["--out", str(out)]) == 0
-    text = state(trained / "dit.pt")["config"]["text_encoder"]
-    assert dit.main([*DIT, "--steps", "1", "--text-encoder", text, "--out", str(out)]) == 0
-    many = data.Latents(out / "latents", rows, data.Texts(out / "text", captions))
-    for mine, theirs in zip(expected, (many[key] for key in keys)):
-        assert all((a is b is None) or torch.allclose(a, b, atol=2e-3) for a, b in zip(mine, theirs))
-    assert len(many.shards.opened) > 3
-    again = pickle.loads(pickle.dumps(many))
-    assert not again.shards.opened and equal(list(again[keys[3]]), list(many[keys[3]]))
-
-
-def test_two_ranks_encode_every_second_shard(copy, trained, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 16)
-    out, encoded = copy("psvae.pt"), []
-    model, _ = psvae.load_psvae(out / "psvae.pt")
-    folder = data.joined(data.read_folder("", out=str(out)))
-    for rank in (1, 0):
-        run = SimpleNamespace(rank=rank, world=2, folder=folder, device=torch.device("cpu"), stop=0,
-                              count_broken=lambda _: None, open=contextlib.ExitStack(),
-                              autocast=contextlib.nullcontext)
-        psvae.encode_shards(psvae.Config(image_size=32, workers=0), run, model, out)
-        encoded.append(sorted(path.name for path in out.glob("0*.npy")))
-    assert encoded[0] == [f"{i:05d}.npy" for i in (1, 3, 5, 7)] and len(encoded[1]) == 8
+    assert dit.main([*stage_flags("dit", encoders), "--out", str(whole)]) == 0
+    one, two = (state(folder / "dit.pt")["ema"] for folder in (whole, trained))
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
 @pytest.mark.parametrize("count, method", [(7, "record"), (2, "save")])
@@ -2024,16 +1853,6 @@ def test_a_signal_in_the_last_step_of_stage_2_or_its_saving_is_obeyed_before_the
     stop_at(monkeypatch, "psvae", count, method)
     assert psvae.main([*PSVAE, "--out", str(out)]) == 143
     assert state(out / "psvae.pt")["step"] == 7 and not list(out.glob("latents*"))
-
-
-def test_more_steps_may_be_asked_for_and_the_decay_follows_and_is_said(copy, capsys):
-    out = copy("svae.pt", "svae.csv")
-    assert svae.main(["--out", str(out), "--steps", "10"]) == 0
-    assert "--steps was 7, the decay of the learning rate follows" in capsys.readouterr().out
-    rows = losses(out / "svae.csv")
-    assert ([row["step"] for row in rows] == [2, 4, 5, 6, 7, 8, 10]
-            and state(out / "svae.pt")["config"]["steps"] == 10)
-    assert rows[5]["learning_rate"] == pytest.approx(data.learning_rate(7, 10, 2, 2e-3), rel=1e-5)
 
 
 def test_data_may_move_and_be_named_otherwise_but_another_set_is_refused(
@@ -2071,14 +1890,6 @@ def test_latents_are_not_rewritten_while_a_dit_is_trained_on_them(copy, encoders
     assert "in use by another run (latents)" in lines[0]
 
 
-def test_stage_2_says_that_it_started_from_another_stage_1(copy, capsys):
-    out = copy("svae.pt", "svae.csv", "psvae.pt", "latents")
-    assert psvae.main(["--out", str(out)]) == 0 and "another svae.pt" not in capsys.readouterr().out
-    assert svae.main(["--out", str(out), "--steps", "9"]) == 0
-    assert psvae.main(["--out", str(out)]) == 0
-    assert "started from another svae.pt" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_fresh_moves_the_old_run_aside_and_starts_over(stage, copy, trained, encoders):
     out = copy("svae.pt", f"{stage}.pt", f"{stage}.csv", f"{stage}.png", "latents")
@@ -2103,14 +1914,11 @@ def test_fresh_killed_half_way_still_has_the_old_run(copy, monkeypatch):
     assert (out / "svae.pt").exists() and sorted(os.listdir(out / "old-1")) == ["svae.csv", "svae.png"]
 
 
-TERMS = [("svae", "semantic", "semantic_loss"), ("svae", "kl", "kl_divergence"),
-         ("psvae", "semantic", "semantic_loss"), ("psvae", "pixel", "pixel_loss"),
-         ("psvae", "perceptual", "perceptual_loss"), ("psvae", "kl", "kl_divergence"),
-         ("dit", "loss", "dit_loss")]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("stage, term, function", TERMS)
+@pytest.mark.parametrize("stage, term, function, value", [
+    ("svae", "semantic", "semantic_loss", math.nan), ("svae", "kl", "kl_divergence", math.inf),
+    ("psvae", "semantic", "semantic_loss", math.inf), ("psvae", "pixel", "pixel_loss", math.nan),
+    ("psvae", "perceptual", "perceptual_loss", math.inf), ("psvae", "kl", "kl_divergence", math.nan),
+    ("dit", "loss", "dit_loss", math.nan), ("dit", "loss", "dit_loss", math.inf)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
         stage, term, function, value, copy, encoders, refused, monkeypatch):
     out, module = copy(*NEEDS[stage]), PROGRAMS[stage]
@@ -2125,28 +1933,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
     assert re.search(rf"\b{term}\b.* at step 5, learning rate 0\.0", line) and f"{stage}.pt" in line
     checkpoint = state(out / f"{stage}.pt")
     assert checkpoint["step"] == 4 and all(w.isfinite().all() for w in checkpoint["model"].values())
-
-
-@pytest.fixture
-def gradients(monkeypatch):
-    """Gets the gradient of every step of an optimizer."""
-    taken, step = [], torch.optim.AdamW.step
-
-    def watched(optimizer, *args):
-        taken.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups
-                                for p in group["params"] if p.grad is not None]).double())
-        return step(optimizer, *args)
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    return taken
-
-
-def test_a_huge_gradient_is_clipped(copy, encoders, monkeypatch, gradients):
-    out, original = copy(), svae.svae_loss
-    monkeypatch.setattr(svae, "svae_loss", lambda *args: {
-        name: value * 1e6 for name, value in original(*args).items()})
-    assert svae.main([*SVAE, "--encoder", encoders[0], "--out", str(out), "--clip", "0.5"]) == 0
-    assert 0 < max(g.norm() for g in gradients) <= 0.5001
-    assert losses(out / "svae.csv")[0]["grad_norm"] > 100
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -2180,8 +1966,7 @@ def test_numbers_are_finite_and_not_negative_and_counts_at_least_1(name):
 
 BAD = {
     "svae --steps 1.5": "--steps: invalid int value: '1.5'",
-    "svae --colour red": "unrecognized arguments: --colour red.*--help",
-    "svae --step 5": "unrecognized arguments: --step",
+    "svae --step 5": "unrecognized arguments: --step.*--help",
     "svae --preset large": "--preset large: allowed are full, tiny",
     "svae --precision fp16": "--precision fp16: allowed are bf16, fp32",
     "svae --image-size 40": "--image-size 40: allowed are multiples of 16",
@@ -2192,7 +1977,6 @@ BAD = {
     "svae --data {empty}": "no images in it",
     "svae --preset tiny --encoder {tmp}/nowhere --count 10": "no such folder: .*nowhere",
     "psvae --widths 8,8,8": "four multiples of 4",
-    "psvae --widths 8,x": "--widths",
     "psvae --encode-only": "psvae.pt is not there; first run: python psvae.py",
     "psvae --reconstruct {file}": "psvae.pt is not there; first run: python psvae.py",
     "dit": "latents is not there; first run: python psvae.py --out",
@@ -2201,8 +1985,6 @@ BAD = {
     "sample --prompt a --image {tmp}/x.png": "x.png: no such file",
     "sample": "--prompt is missing",
     "sample --prompt a --eta 1.5": "--eta 1.5: allowed is 0 to 1",
-    "data --data {file}": "is a file; a folder of images is needed",
-    "data --data {empty}": "no images in it",
     "data --count 0": "--count 0: allowed is 1",
     **{f"{name} --count 10 --out {{file}}": "file" for name in ("data", "svae", "psvae")},
     "dit --out {file}": "file",
@@ -2225,15 +2007,6 @@ def test_a_folder_with_the_name_of_the_world_that_is_not_it_is_refused(tmp_path,
     assert os.listdir(tmp_path / "out/world") == ["mine.png"]
 
 
-def test_a_new_dit_is_not_trained_on_latents_of_an_older_psvae(copy, refused, encoders, monkeypatch):
-    out = copy("svae.pt", "psvae.pt", "latents")
-    with monkeypatch.context() as patch:
-        stop_at(patch, "psvae", 1)                                      # stopped before it encodes again
-        assert psvae.main(["--out", str(out), "--steps", "8"]) == 143
-    line = refused(dit.main, *DIT, "--text-encoder", encoders[1], "--out", out)
-    assert re.search("another psvae.pt.*python psvae.py --out .* --encode-only", line)
-
-
 def test_a_folder_that_was_moved_is_the_one_that_is_gone_on_with(trained, tmp_path, monkeypatch):
     before = (trained / "svae.pt").read_bytes()
     shutil.copytree(trained, tmp_path / "out"), monkeypatch.chdir(tmp_path)
@@ -2250,54 +2023,26 @@ def test_fresh_moves_nothing_where_another_flag_is_wrong_or_the_old_is_to_be_enc
     assert {"svae.pt", "psvae.pt", "dit.pt"} < set(os.listdir(out)) and not (out / "old-1").exists()
 
 
-def test_held_out_pictures_and_rows_are_taken_from_all_over(monkeypatch):
-    asked = []
-
-    class Sorted(list):
-        def __getitem__(self, key):
-            asked.append(key[0])
-
-        def collate(self, items):
-            return torch.zeros(len(items), 3, 4, 4), []
-    monkeypatch.setattr(data, "Pictures", lambda folder, size: Sorted(range(1000)))
-    run = object.__new__(data.Run)
-    run.device = torch.device("cpu")
-    assert len(run.held_out(data.Folder(Path("x"), "classes"), 4)) == 64
-    assert asked[0] == 0 and asked[-1] == 984 and len(set(asked)) == 64
-
-    asked.clear()
-    run.to_device = lambda parts: (torch.zeros(64, 2, 2, 3), *[None] * 4)
-    dit.held_out_batch(run, Sorted(), list(range(1000)), torch.zeros(3), torch.ones(3))
-    assert asked == list(range(0, 960, 15))
-
-
-def test_stage_2_without_stage_1_says_what_that_costs(tmp_path, encoders, world, capsys):
-    shutil.copytree(world, tmp_path / "world")
-    assert psvae.main([*SVAE, *PSVAE, "--encoder", encoders[0], "--out", str(tmp_path)]) == 0
-    assert "start from scratch" in capsys.readouterr().out
-
-
-def test_stage_2_starts_from_stage_1_and_says_what_it_inherits(copy, trained, capsys):
-    out = copy("svae.pt")
+def test_stage_2_starts_from_stage_1_and_says_what_it_inherits_and_when_it_is_another(copy, capsys):
+    out = copy("svae.pt", "svae.csv")
     assert psvae.main([*PSVAE, "--out", str(out), "--learning-rate", "0"]) == 0
     said = capsys.readouterr().out
     assert "image_size 32" in said and "z_dim 8" in said and "step 7" in said
     one, two = state(out / "svae.pt")["model"], state(out / "psvae.pt")["model"]
     assert all(torch.equal(two[name], weight) for name, weight in one.items())
+    assert psvae.main(["--out", str(out)]) == 0 and "another svae.pt" not in capsys.readouterr().out
+    assert svae.main(["--out", str(out), "--steps", "9"]) == 0
+    assert psvae.main(["--out", str(out)]) == 0
+    assert "started from another svae.pt" in capsys.readouterr().out
 
 
 # --- After training: latents again, reconstruction, evaluation ------------------------------------
 
-
-def test_encode_only_writes_the_latents_again(copy, trained):
+def test_encode_only_writes_the_latents_again_also_without_variances(copy, trained, encoders):
     out = copy("psvae.pt", "latents")
     (out / "latents/00000.npy").unlink()
     assert psvae.main(["--out", str(out), "--encode-only"]) == 0
     assert (out / "latents/00000.npy").read_bytes() == (trained / "latents/00000.npy").read_bytes()
-
-
-def test_latents_may_be_written_without_variances_and_trained_on(copy, encoders):
-    out = copy("psvae.pt", "latents")
     assert psvae.main(["--out", str(out), "--encode-only", "--latents", "mu"]) == 0
     assert np.load(out / "latents/00000.npy").shape == (125, 1, 2, 2, 8)
     assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
@@ -2317,27 +2062,7 @@ def test_reconstruct_prints_its_numbers_and_takes_the_shipped_model_where_there_
 
 # --- Sampling, and pictures for people ------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def pipeline(trained):
-    return sample.Pipeline(trained, torch.device("cpu"))
-
-
-def test_the_same_seed_gives_the_same_picture_in_every_batch_and_beside_every_neighbour(pipeline):
-    settings = dict(steps=4, guidance=3.0, eta=1.0)
-    latents = []
-    decode = pipeline.decode
-    try:
-        pipeline.decode = lambda z_0: latents.append(z_0) or decode(z_0)
-        pipeline(["a red circle"], [11], **settings)
-        pipeline(["a blue square left of a big green star", "a red circle", ""], [5, 11, 12], **settings)
-    finally:
-        del pipeline.decode
-    assert (latents[0][0] - latents[1][1]).abs().max() < 1e-4  # longer neighbours pad: another order of sums
-    assert (latents[0][0] - latents[1][0]).abs().max() > 0.1
-
-
-def test_sample_py_writes_n_pictures_for_each_prompt_with_their_settings(trained, tmp_path, capsys):
+def test_sample_py_writes_n_pictures_for_each_prompt_the_same_in_every_batch(trained, tmp_path, capsys):
     argv = ["--prompt", "a red circle", "two stars", "-n", "3", "--steps", "2", "--seed", "4", "--model",
             str(trained), "--film"]
     assert sample.main([*argv, "--out", str(tmp_path / "one.png")]) == 0
@@ -2366,14 +2091,8 @@ def test_an_out_that_is_a_folder_gets_each_picture_as_a_file_beside_the_sheet(tr
     assert Image.open(tmp_path / "one.jpg").format == "JPEG"
 
 
-def test_a_picture_lands_beside_the_model_that_drew_it_without_an_image_encoder(copy, monkeypatch):
-    out = copy("psvae.pt", "dit.pt")
-    monkeypatch.setattr(data, "ImageEncoder", None)
-    assert sample.main(["--prompt", "a", "-n", "1", "--steps", "1", "--model", str(out)]) == 0
-    assert (out / "sample.png").exists()
-
-
-def test_words_that_no_caption_has_are_named_with_the_nearest_known(pipeline):
+def test_words_that_no_caption_has_are_named_with_the_nearest_known(trained):
+    pipeline = sample.Pipeline(trained, torch.device("cpu"))
     said = list(pipeline.remarks("A red cirle above a hexagon"))
     assert len(said) == 2 and "'cirle'" in said[0] and "nearest word is 'circle'" in said[0]
     assert "'hexagon' stands in none" in said[1] and not list(pipeline.remarks("a red circle"))
@@ -2415,30 +2134,12 @@ def test_sampling_in_half_precision_draws_the_same_picture():
     assert 0 < np.abs(half - whole).mean() < 3
 
 
-def test_sample_py_takes_out_where_it_holds_a_model(trained, tmp_path, monkeypatch):
+def test_sample_py_takes_out_where_it_holds_a_model_and_draws_beside_it(copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sample.find_model("") == sample.SHIPPED
-    (tmp_path / "out").symlink_to(trained)
-    assert sample.find_model("") == Path("out") and sample.find_model("x") == Path("x")
-
-
-def test_a_grid_puts_captions_under_enlarged_pictures():
-    black = np.zeros((32, 32, 3), np.uint8)
-    bare, told = (data.grid([[black, black]]),
-                  data.grid([[black, black]], [["word " * 60, "b"]], ["one", "two"]))
-    assert (bare.size == (2 * 100 + 4, 100 + 4) and told.width == bare.width
-            and told.height > bare.height + 16 + 40)
-    assert np.asarray(bare)[4:100, 4:100].max() == 0 and np.asarray(bare)[:, :4].min() == 255
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 4, 24), (1, 2, 2, 8), (2, 3, 3, 2), (1, 1, 1, 1)])
-def test_pca_colours_are_pictures_of_any_features(shape):
-    f = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    a, b = data.pca_colours(f, f + 5, size=48)
-    side = max(1, 48 // shape[1]) * shape[1]
-    assert a.shape == b.shape == (shape[0], side, side, 3) and a.dtype == np.uint8
-    Image.fromarray(a[0])
-    assert shape[0] * shape[1] == 1 or a.std() > 0
+    assert sample.find_model("") == sample.SHIPPED and sample.find_model("x") == Path("x")
+    os.rename(copy("psvae.pt", "dit.pt"), "out")
+    monkeypatch.setattr(data, "ImageEncoder", None)         # it needs none
+    assert sample.main(["--prompt", "a", "-n", "1", "--steps", "1"]) == 0 and Path("out/sample.png").exists()
 
 
 def test_every_stage_leaves_a_picture_and_a_log_with_held_out_losses(trained):
@@ -2454,19 +2155,9 @@ def test_every_stage_leaves_a_picture_and_a_log_with_held_out_losses(trained):
 
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_a_stage_imports_nothing_of_the_project_but_data(stage):
-    ours = {path.stem for path in HERE.glob("*.py")} | {"notes"}
-    tree = ast.parse((HERE / f"{stage}.py").read_text())
-    imported = ({alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
-                 for alias in node.names}
-                | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)})
-    assert {name for name in imported if name.split(".")[0] in ours} == {"data"}
-
-
-def test_dit_py_never_opens_a_picture(copy, encoders, monkeypatch):
-    out = copy(*NEEDS["dit"])
-    shutil.rmtree(out / "world")
-    monkeypatch.setattr(Image, "open", lambda *args, **_: pytest.fail(f"opened {args}"))
-    assert dit.main([*stage_flags("dit", encoders), "--steps", "1", "--out", str(out)]) == 0
+    source = (HERE / f"{stage}.py").read_text(encoding="utf-8")
+    ours = "|".join(["notes", *(path.stem for path in HERE.glob("*.py"))])
+    assert set(re.findall(rf"(?m)^\s*(?:import|from) ({ours})\b", source)) == {"data"}
 
 
 # --- The wiring: what lies between two checkpoints, computed again from the files on disk ---------
@@ -2475,7 +2166,7 @@ def test_dit_py_never_opens_a_picture(copy, encoders, monkeypatch):
 # Ten steps of diffusion: a t that is off by one shows.
 WIRED = {stage: f"--batch 16 --warmup 3 --workers 0 --device cpu {flags}".split()
          for stage, flags in {
-             "svae": "--preset tiny --image-size 32 --z-dim 8 --count 120 --beta 0.01",
+             "svae": "--preset tiny --image-size 32 --z-dim 8 --count 120 --beta 0.01 --clip 0.05",
              "psvae": "--widths 8,8,8,8 --latents both --encoder-lr-scale 0.3 --alpha 0.7 "
                       "--gamma 1.5 --beta 0.01 "
                       "--beta-warmup 0.75 --permute-colours 0.5 --permute-steps 3",
@@ -2553,8 +2244,7 @@ def kl_by_hand(mu, log_var):
     return (mu ** 2 + log_var.exp() - log_var - 1).sum(-1).mean() / 2
 
 
-def test_eq_4_stage_1_trains_projector_and_decoder_on_features_of_the_frozen_encoder(
-        wired, encoders):
+def test_eq_4_stage_1_trains_projector_and_decoder_on_features_of_the_frozen_encoder(wired, encoders):
     before, after = state(wired.before / "svae.pt"), state(wired.after / "svae.pt")
     model, encoder = svae.SVAE(48, 8), data.load_image_encoder(encoders[0])
     model.load_state_dict(before["model"])
@@ -2567,6 +2257,7 @@ def test_eq_4_stage_1_trains_projector_and_decoder_on_features_of_the_frozen_enc
         return (f_hat - f).square().mean() + 0.01 * kl_by_hand(mu, log_var)
     weights = dict(model.named_parameters())
     assert [*steps_by_hand(model, before, list(weights), 4, loss)] == [2, 3]
+    assert losses(wired.after / "svae.csv")[-1]["grad_norm"] > 0.05        # its gradients are clipped
     moved_alike(weights, after["model"], before["model"], 1e-3)
 
 
@@ -2621,8 +2312,7 @@ def test_eq_20_eq_32_stage_3_gets_its_latents_texts_sources_and_times_and_averag
     lines = (wired.after / "latents/rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row.get("held_out")]
     pools = [r for r in rows if "source" not in r], [r for r in rows if "source" in r]
-    encoder, alpha_bar = (data.load_text_encoder(encoders[1], 24),
-                          alpha_bar_by_hand(checkpoint["config"]))
+    encoder, alpha_bar = (data.load_text_encoder(encoders[1], 24), alpha_bar_by_hand(checkpoint["config"]))
     kinds = set()
 
     def loss(step):
@@ -2650,6 +2340,10 @@ def test_eq_20_eq_32_stage_3_gets_its_latents_texts_sources_and_times_and_averag
         decay = min(0.5, (1 + step) / (10 + step))
         ema = {name: decay * ema[name] + (1 - decay) * weights[name].double() for name in ema}
     assert kinds == {(0, False), (1, False), (1, True)}
+    tokens = np.load(wired.after / "text/00000.npy").astype(np.float64)
+    for saved in (after["model"], after["ema"]):            # whitens by its own captions
+        same(saved["text_shift"], tokens.mean(0), 1e-4)
+        assert not torch.equal(saved["text_map"], torch.eye(tokens.shape[1]))
     same(torch.tensor(after["mean"]), mean, 1e-3)
     same(torch.tensor(after["variance"]), variance, 1e-3)
     moved_alike(weights, after["model"], before["model"], 1e-2)
@@ -2683,20 +2377,26 @@ def test_a_folder_is_flipped_and_cropped_and_the_built_in_world_never(stage, giv
     assert batches and all(all(batch) != bool(given) for batch in batches)
 
 
-def test_two_processes_take_the_steps_of_one(wired, tmp_path):
-    """In every stage: each process has its half of a batch, and they average the gradients."""
-    lines = [f"import sys; sys.path.insert(0, {str(HERE)!r})", "import torch, svae, psvae, dit",
-             "torch.distributed.destroy_process_group = lambda: None     # one group for all three"]
+def test_two_processes_take_the_steps_of_one(wired, encoders, tmp_path):
+    """In every stage: each process has its half of a batch, and they average the gradients. Before that
+    they draw one world, of which one speaks; together they encode eight shards."""
+    first = [*SVAE, "--encoder", encoders[0], "--count", "60", "--out", str(tmp_path / "new")]
+    lines = [f"import sys; sys.path.insert(0, {str(HERE)!r})", "import torch, data, svae, psvae, dit",
+             "torch.distributed.destroy_process_group = lambda: None     # one group for all",
+             f"assert svae.main({first}) == 0"]
     for stage, (_, last) in STEPS.items():
         out = shutil.copytree(wired.after, tmp_path / stage)
         shutil.copy(wired.before / f"{stage}.pt", out)
         parts = [] if stage == "svae" else ["--micro-batches", "2"]
         argv = ["--steps", str(last), "--out", str(out), *parts]
-        lines.append(f"assert {stage}.main({argv}) == 0")
+        shard = 16 if stage == "psvae" else data.SHARD
+        lines.append(f"data.SHARD = {shard}; assert {stage}.main({argv}) == 0")
     (tmp_path / "run.py").write_text("\n".join(lines))
     process = torchrun(tmp_path / "run.py")
     said = process.communicate(timeout=500)[0]
-    assert process.returncode == 0, said
+    assert process.returncode == 0 and said.count("stage 1, tiny preset") == 2, said
+    assert len(data.read_folder("", out=str(tmp_path / "new"))[0].images) == 60
+    assert len(list((tmp_path / "psvae/latents").glob("0*.npy"))) == 8
     for stage in STEPS:
         one, two, before = (state(folder / f"{stage}.pt")
                             for folder in (wired.after, tmp_path / stage, wired.before))
@@ -2783,22 +2483,19 @@ def test_the_shipped_model_draws_what_it_is_told():
     asked = geneval.prompts()[::35]
     assert len(asked) == 16 and {row["task"] for row in asked} == set(geneval.TASKS)
     drawn = pipeline([row["text"] for row in asked], range(16), **settings)
-    good = [judge.check(judge.read(picture), row["requirement"])
-            for picture, row in zip(drawn, asked)]
+    good = [judge.check(judge.read(picture), row["requirement"]) for picture, row in zip(drawn, asked)]
     assert sum(good) >= DRAWN, [row["text"] for row, right in zip(asked, good) if not right]
     asked = editbench.triples("val", 8)
     sources = np.stack([editbench.draw(row["source"]) for row in asked])
     drawn = pipeline([row["instruction"] for row in asked], range(8), sources, **settings)
-    good = [all(editbench.judge_edit(row, judge.read(picture)))
-            for picture, row in zip(drawn, asked)]
+    good = [all(editbench.judge_edit(row, judge.read(picture))) for picture, row in zip(drawn, asked)]
     assert sum(good) >= EDITED, [row["instruction"] for row, right in zip(asked, good) if not right]
 
 
 # --- Real processes: a second run, kill -9, torchrun, a command as typed --------------------------
 
-
 def start(*words, folder=HERE, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
@@ -2819,14 +2516,6 @@ def test_a_second_run_is_refused_naming_the_first_and_moves_nothing(copy, refuse
     assert {"svae.pt", "psvae.pt"} < set(os.listdir(out)) and not (out / "old-1").exists()
 
 
-def test_two_processes_draw_one_world_and_one_of_them_speaks(tmp_path, encoders):
-    flags = [*SVAE, "--encoder", encoders[0], "--count", 60, "--out", tmp_path]
-    process = torchrun(HERE / "svae.py", *flags)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and said.count("stage 1, tiny preset") == 1, said
-    assert len(data.read_folder("", out=str(tmp_path))[0].images) == 60
-
-
 def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2(trained, tmp_path):
     argv = ["--prompt", "a red circle above a blue square", "-n", 1, "--steps", 3, "--model", trained,
             "--out", tmp_path / "a.png"]
@@ -2839,7 +2528,6 @@ def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2
 
 
 # --- The built-in world and its judge -------------------------------------------------------------
-
 
 @pytest.mark.parametrize("split", ["train", "val", "heldout"])
 def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_are_in_one_split_alone(split):
@@ -2902,66 +2590,6 @@ def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_no
         assert copied[split]["obeyed"]["score"] == 0 and copied[split]["kept"]["score"] > 0.9
 
 
-def test_features_at_objects_are_interpolated_between_the_patches_around_their_centres():
-    side = torch.arange(4.0)                        # the patches hold their own (x, y), CLS holds 99
-    tokens = torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1).flatten(0, 1)
-    tokens = torch.cat([torch.full((1, 2), 99.0), tokens])[None].repeat(2, 1, 1)
-    thing = lambda x, y: toy.Object("star", "red", "small", "filled", x, y)
-    found = pretrain_tiny.at_objects(tokens, [[thing(8, 40), thing(16, 48)], [thing(30, 24)]])
-    torch.testing.assert_close(found, torch.tensor([[0, 2], [0.5, 2.5], [30 / 16 - 0.5, 1]]))
-
-
-def test_the_read_out_finds_what_is_in_the_features_and_only_that(world):
-    folder, held_out = data.read_folder("", out=str(world.parent))
-    sides = [(data.Pictures(part, 64), pretrain_tiny.objects_of(part)) for part in (folder, held_out)]
-    assert [len(objects) for _, objects in sides] == [120, 5]
-
-    class Seeing:                                       # features that hold the colours around, and no shape
-        mean = torch.zeros(1)
-
-        def tokens(self, x):
-            colour = F.avg_pool2d(x, 16).flatten(2).transpose(1, 2)
-            return torch.cat([torch.zeros(len(x), 1, 3), colour], 1)
-
-    shares = pretrain_tiny.read_out(Seeing(), sides[0], sides[0])
-    assert set(shares) == set(lab.world.LOOK) and shares["colour"] > 2 / 8 > 1 / 6 and shares["shape"] < 0.6
-
-
-def test_what_a_text_says_of_each_of_its_nouns():
-    nothing = dict.fromkeys(("count", "size", "style", "colour", "before", "after", "place", "previous",
-                             "previous colour", "next", "next colour"), "")
-    says = lambda text: [(text[:end].split()[-1], said) for end, said in pretrain_tiny.nouns_of(text)]
-    assert says("a red circle above two hollow stars") == [
-        ("circle", nothing | {"noun": "circle", "count": "a", "colour": "red", "after": "above",
-                              "next": "star"}),
-        ("stars", nothing | {"noun": "star", "count": "two", "style": "outline", "before": "above",
-                             "previous": "circle", "previous colour": "red"})]
-    assert says("change the color of the little cross to blue") == [
-        ("cross", nothing | {"noun": "cross", "count": "the", "size": "small",
-                             "before": "change the color of", "after": "to blue"})]
-    (_, first), (_, second), (_, third) = says("a star at the top left, box in center and a circle")
-    assert [said["place"] for said in (first, second, third)] == ["top left", "center", ""]
-    assert (first["after"], second["before"], second["after"], third["before"]) == ("", "", "and", "and")
-
-
-def test_a_reader_is_asked_at_the_last_token_of_each_noun(encoders):
-    encoder = data.load_text_encoder(encoders[1], 64)
-    texts = ["a green star left of a red circle", "remove the two big crosses"]
-    tokens = encoder.tokenize(texts)
-    reader = pretrain_tiny.Reader(texts, encoder.dim)
-    h = torch.zeros(*tokens["input_ids"].shape, encoder.dim)
-    for row, noun in ((0, "star"), (0, "circle"), (1, "crosses")):      # only there is anything to be read
-        h[row, tokens.char_to_token(row, texts[row].index(noun) + len(noun) - 1)] = 1
-    answers = reader(h, tokens, texts)
-    assert {name: [reader.values[name][i] for i in answer] for name, (_, answer) in answers.items()} == {
-        "noun": ["star", "circle", "cross"], "count": ["a", "a", "the two"], "size": ["", "", "large"],
-        "style": [""] * 3, "colour": ["green", "red", ""], "before": ["", "left of", "remove"],
-        "after": ["left of", "", ""], "place": [""] * 3, "previous": ["", "star", ""], "previous colour": ["", "green", ""],
-        "next": ["circle", "", ""], "next colour": ["red", "", ""]}
-    at_one = reader.head.weight.sum(1) + reader.head.bias
-    torch.testing.assert_close(torch.cat([logits for logits, _ in answers.values()], 1), at_one.expand(3, -1))
-
-
 def test_a_text_encoder_learns_to_read(encoders, capsys):
     encoder, rng = data.load_text_encoder(encoders[1], 64), np.random.default_rng(0)
     texts = [f"a {rng.choice(['red', 'green', 'blue'])} {rng.choice(['star', 'cross'])}" for _ in range(60)]
@@ -2973,55 +2601,16 @@ def test_a_text_encoder_learns_to_read(encoders, capsys):
     assert not any(p.requires_grad for p in encoder.network.parameters())
 
 
-def test_a_swap_exchanges_the_word_and_nothing_else():
-    (_, place), (_, add), (_, shape) = (swaps.SWAPS[name] for name in (
-        "place: above, left", "add …: above, left", "remove …: which"))
-    assert place("a red star to the left of a circle") == "a red star to the right of a circle"
-    assert place("a star over a cross on a teal background") == "a star under a cross on a teal background"
-    assert add("add a star below the cross") == "add a star above the cross"
-    assert add("a star below a cross") == "a star below a cross"
-    assert shape("erase the three stars") == "erase the three stars"    # a plural is another word
-    assert shape("erase the star") == "erase the circle"
-    assert (swaps.exchange_colours("a red circle and a blue star on a gray background")
-            == "a blue circle and a red star on a gray background")
-    assert swaps.exchange_colours("a red circle and a star") == "a red circle and a star"
-    for edit, swap in swaps.SWAPS.values():
-        for picture, source, text, wrong in swaps.examples(edit, swap, 3):
-            assert text != wrong and len(text.split()) == len(wrong.split())
-            assert picture.shape == (64, 64, 3) and (source is None) is not edit
-
-
-def test_a_wrong_word_costs_what_the_model_is_put_out_by_it():
-    edit, swap = swaps.SWAPS["number: two, three"]
-    true = {text for _, _, text, _ in swaps.examples(edit, swap, 5)}
-    alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02)
-
-    class PutOut:                                       # knows the noise; a wrong text puts it out by 0.3
-        def __call__(self, z_t, t, c, mask, source):
-            return torch.randn(z_t.shape, generator=torch.Generator().manual_seed(0)) + c
-
-    pipeline = SimpleNamespace(
-        device="cpu", mean=torch.zeros(3), variance=torch.ones(3), alpha_bar=alpha_bar,
-        config={"T": 1000, "predict": "eps"}, dit=PutOut(),
-        psvae=SimpleNamespace(encode=lambda x: (F.avg_pool2d(x, 16).permute(0, 2, 3, 1), None)),
-        text_encoder=lambda texts: (torch.tensor([0.0 if text in true else 0.3 for text in texts])
-                                    .view(-1, 1, 1, 1), None))
-    for t, found in zip(swaps.TIMES, swaps.measure(pipeline, edit, swap, 5)):
-        np.testing.assert_allclose(found, (0, 0.09 / alpha_bar[t].item(), 1), atol=1e-12, rtol=1e-5)
-
-
-def test_the_shipped_model_reads():
+def test_the_shipped_model_reads(monkeypatch):
     """For a long time it did not read where things are to be, and no loss showed it."""
     pipeline = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
+    monkeypatch.setattr(swaps, "TIMES", (800,))
     for name in ("place: above, left", "size: small, large", "whose colour", "move …: left, top"):
-        _, more, share = swaps.measure(pipeline, *swaps.SWAPS[name], 60)[swaps.TIMES.index(800)]
+        (_, more, share), = swaps.measure(pipeline, *swaps.SWAPS[name], 60)
         assert more > 0.02 and share > 0.65, name
 
 
 # --- The notebook ---------------------------------------------------------------------------------
-
-PAGES = [*claims.CLAIMS, "off_manifold"]
-
 
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
@@ -3029,10 +2618,14 @@ def laboratory(tmp_path_factory):
     return str(tmp_path_factory.mktemp("lab"))
 
 
+# kl and channels vary one number of a space that the others train too
+PAGES = [*(page for page in claims.CLAIMS if page not in ("kl", "channels")), "the toy"]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
         page, laboratory, tmp_path, capsys):
-    script = off_manifold if page == "off_manifold" else claims
+    script = off_manifold if page == "the toy" else claims
     argv = [page, "--out", laboratory] if script is claims else ["--out", str(tmp_path / "measured.png")]
     before = {path: path.read_bytes() for path in (HERE / "notes/claims").iterdir() if path.is_file()}
     assert script.main([*argv, "--quick"]) in (None, 0)
@@ -3044,32 +2637,6 @@ def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
         assert said.startswith("Not tested at this size: the best decoder gives ")
         assert all(f"| {name} |" in said for name in claims.CLAIMS[page])
     assert re.search(r"^wrote .*\.png", said, re.M)
-
-
-def test_a_row_has_to_be_named(refused):
-    assert "weak_pixels, ladder" in refused(claims.main, "--quick")
-
-
-@pytest.mark.parametrize("page", [*PAGES, "schedule"])
-def test_a_page_begins_with_its_verdict_and_names_its_command_and_the_way_in_leads_to_it(page):
-    lines = (HERE / f"notes/claims/{page}.md").read_text().splitlines()
-    assert re.match(r"\*\*(Holds|Fails|Not tested)", lines[2]) and max(map(len, lines)) <= 140
-    script = {"off_manifold": "claims/off_manifold.py", "schedule": "world/geneval.py"}.get(
-        page, f"claims/claims.py {page}")
-    assert any(line.startswith(f"python notes/{script}") for line in lines)
-    for name in re.findall(r"\]\(([\w./]+)\)", "\n".join(lines)):
-        assert (HERE / "notes/claims" / name).exists(), name
-    row, = [line for line in (HERE / "notes/README.md").read_text().splitlines() if f"(claims/{page}.md)" in line]
-    assert re.search(r"\| (holds|fails|not tested)[^|]* \| [^|]*\d", row) and len(row) <= 140
-
-
-def test_what_is_measured_goes_between_the_marks_of_a_page_and_nowhere_else(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
-    for text in ("one", "two"):
-        claims.into_page(page, text)
-        assert page.read_text() == (f"before\n<!-- measured: begin -->\n\n{text}\n\n"
-                                    f"<!-- measured: end -->\nafter\n")
 
 
 def test_eq_1_errors_of_points_beside_a_sheet_are_their_distances_to_it_and_to_the_true_points():
@@ -3087,30 +2654,6 @@ def test_eq_1_errors_of_points_beside_a_sheet_are_their_distances_to_it_and_to_t
     assert there["nearest_worst"] < 1e-2 and there["beside_worst"] < 1e-5
 
 
-def test_the_letters_have_mean_0_and_variance_1_and_come_back_from_every_space():
-    letters, g = off_manifold.Letters(), torch.Generator().manual_seed(0)
-    y = letters(20_000, g)
-    assert y.mean(0).abs().max() < 0.03 and (y.var(0) - 1).abs().max() < 0.03
-    for scaled in (False, True):
-        Q = off_manifold.embedding(6, g)
-        draw, back, d = off_manifold.space(off_manifold.Variant(6, scaled=scaled), Q, letters,
-                                           off_manifold.Config(), 0)
-        z_0 = draw(5000, torch.Generator().manual_seed(1))
-        x = letters(5000, torch.Generator().manual_seed(1)) @ Q.T
-        torch.testing.assert_close(back(z_0), x, rtol=1e-4, atol=1e-5)
-        assert z_0.shape == (5000, d) and scaled == bool((z_0.var(0) - 1).abs().max() < 0.1)
-
-
-def test_curves_draw_each_term_with_what_was_held_out_of_it(trained, tmp_path, refused):
-    pytest.importorskip("matplotlib")
-    found = curves.columns(trained / "psvae.csv")
-    assert curves.panels(found)["semantic"] == ["semantic", "held_out_semantic"]
-    assert [step for step, _ in found["held_out_semantic"]] == [5, 7] and len(found["semantic"]) >= 4
-    assert curves.main([str(trained), "--to", str(tmp_path / "c.png")]) in (None, 0)
-    assert Image.open(tmp_path / "c.png").width > 600
-    assert "no svae.csv" in refused(curves.main, tmp_path)
-
-
 def test_evaluate_prints_what_comes_back_and_what_the_latents_hold(copy, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert evaluate.main(["--out", str(copy("svae.pt", "psvae.pt")), "--count", "4"]) == 0
@@ -3118,82 +2661,6 @@ def test_evaluate_prints_what_comes_back_and_what_the_latents_hold(copy, capsys,
     assert "N = 4" in said and "LPIPS is left out" in said and "at an object's centre: shape" in said
     for name in ("PSNR dB", "near edges", "elsewhere", "SSIM", "FDD", "PS-VAE", "S-VAE"):
         assert re.search(rf" {name} +-?\d+\.\d", said), name
-
-
-def test_psnr_counts_the_pixels_that_it_is_told_to():
-    x, x_hat = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
-    x_hat[..., 2:] = 0.2                                                    # an error of 0.1 on a scale of 0 to 1
-    left = (torch.arange(4) < 2).expand(1, 1, 2, 4)
-    same(evaluate.psnr(x_hat, x, ~left), [20.0], 1e-5)
-    same(evaluate.psnr(x_hat, x), [10 * math.log10(200)], 1e-5)
-    assert evaluate.psnr(x_hat, x, left) == 120 and evaluate.psnr(x, x, left & ~left).isnan()
-
-
-def test_a_part_of_the_lab_that_was_stopped_goes_on_bit_equal(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab, "SAVE_EVERY", 0)
-    batches = randn(6, 8, 3).float()
-
-    def fit(name, stop=None):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 1)
-
-        def loss_of(step):
-            if step == stop:
-                raise KeyboardInterrupt
-            return model(batches[step]).square().mean()
-        lab.fit(tmp_path / name, model, [{"params": list(model.parameters())}], 6, 0.1, loss_of,
-                torch.device("cpu"))
-        return dict(model.state_dict())
-    whole = fit("whole.pt")
-    with pytest.raises(KeyboardInterrupt):
-        fit("stopped.pt", stop=3)
-    assert equal(fit("stopped.pt"), whole)
-    assert equal(fit("stopped.pt", stop=0), whole)                      # finished: no step is made
-
-
-def test_a_linear_read_out_is_ridge_regression_on_one_hot_answers():
-    f, f_test = 0.03 * randn(40, 4), 0.03 * randn(100, 4, seed=1)          # small: the penalty counts
-    values = [("low", "middle", "high")[int(v > -0.012) + int(v > 0.012)] for v in f[:, 0]]
-    rows = np.concatenate([np.c_[f.numpy(), np.ones(40)], 0.1 * np.eye(5)])
-    answers = np.array([[value == kind for kind in ("high", "low", "middle")] for value in values] + [[0] * 3] * 5)
-    said = (np.c_[f_test.numpy(), np.ones(100)] @ np.linalg.lstsq(rows, answers, rcond=None)[0]).argmax(1)
-    asked = [("high", "low", "middle")[k] for k in said]
-    asked[0] = "none"                                                       # one that is told wrong
-    assert pretrain_tiny.linear_read_out(f, {"x": values}, f_test, {"x": asked}) == {"x": pytest.approx(0.99)}
-
-
-def test_near_edges_are_the_pixels_within_reach_of_a_step_of_colour():
-    x = torch.full((1, 3, 16, 20), -1.0)
-    x[..., 10:] = 0.5
-    near = evaluate.near_edges(x, reach=3)[0, 0]
-    assert near.all(0).equal(near.any(0)) and near[0].nonzero().flatten().tolist() == list(range(7, 14))
-
-
-def test_pictures_of_the_lab_are_what_their_prompts_say():
-    scenes = [lab.one_object(i, split) for i in range(30) for split in ("train", "held out")]
-    assert not any(lab.world.holds_out(scene.objects) for scene in scenes) and len(set(scenes)) == 60
-    for scene, other in zip(scenes, scenes[1:]):
-        picture = lab.world.draw(scene)
-        assert lab.is_read_as(picture, scene) == (True, True)
-        names = [options[value] for value, options in zip(lab.facts(scene), lab.FACTS.values())]
-        assert all(name in lab.prompt(scene) for name in names)
-        same_facts = lab.facts(scene) == lab.facts(other)
-        assert lab.is_read_as(picture, other) == (same_facts, True)
-    assert lab.is_read_as(np.zeros((64, 64, 3), np.uint8), scenes[0])[0] is False
-
-
-def test_rectified_flow_walks_straight_to_z_0_and_shifts_times_by_the_number_of_channels():
-    z_0, z_T = randn(3, 2, 2, 64), randn(3, 2, 2, 64, seed=1)
-    seen = []
-
-    def velocity(z, t, c, mask):                                # of the one straight line from z_T to z_0
-        seen.append(t[0].item())
-        return torch.cat([z_T - z_0] * 2)
-
-    same(lab.flow_sample(velocity, z_T, None, None, 5, 3.0), z_0.numpy(), 1e-6)
-    line = torch.linspace(1, 0.2, 5)
-    assert seen == pytest.approx((1000 * 2 * line / (1 + line)).tolist(), rel=1e-5)  # sqrt(64 / 16) = 2
-    assert lab.shifted(line, 16).equal(line)
 
 
 def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tmp_path):
@@ -3208,28 +2675,6 @@ def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tm
     assert all(value.dtype == torch.half for value in saved["ema"].values())
 
 
-def test_emoji_become_captions_and_edits_that_change_one_thing():
-    names = {("1f44b",): "waving hand", ("1f469", "1f680"): "woman astronaut",
-             ("1f468", "1f680"): "man astronaut", ("1f469",): "woman",
-             ("1f469", "1f9b0"): "woman: red hair", ("1f3c3",): "person running",
-             ("1f3c3", "2640"): "woman running"}
-    hand, man, woman, person = "1f44b", "1f468-200d-1f680", "1f469-200d-1f680", "1f3c3"
-    light, dark, red = f"{hand}-1f3fb", f"{hand}-1f3ff", "1f469-200d-1f9b0"
-    running, unnamed = f"{person}-200d-2640-fe0f", "1f4a9"
-    rows = emoji.rows_of([hand, light, dark, woman, man, "1f469", red, person, running, unnamed],
-                         names)
-    captions = {Path(row["file_name"]).stem: row["text"] for row in rows if "source" not in row}
-    assert len(captions) == 9 and unnamed not in captions
-    assert captions[dark] == "waving hand, dark skin tone"
-    tone = "change the skin tone to "
-    assert {(Path(row["source"]).stem, row["text"], Path(row["file_name"]).stem)
-            for row in rows if "source" in row} == {
-        (hand, tone + "light", light), (hand, tone + "dark", dark), (light, tone + "dark", dark),
-        (dark, tone + "light", light), (man, "make it a woman", woman),
-        (woman, "make it a man", man), (person, "make it a woman", running),
-        (running, "make it a person", person), ("1f469", "make the hair red", red)}
-
-
 def test_a_package_of_another_content_is_refused(tmp_path):
     name = "unicode-emoji-json-0.9.0.tgz"
     with pytest.raises(SystemExit, match="is not there"):
@@ -3241,26 +2686,15 @@ def test_a_package_of_another_content_is_refused(tmp_path):
 
 # --- Under fire: reliability.py in short, and a test for each thing that broke under the long form 
 
-
 @pytest.fixture(scope="module")
-def fire(tmp_path_factory):
-    """The harness in its short form, in a process of its own: {section: "held", or what failed}."""
-    result = tmp_path_factory.mktemp("fire") / "result.json"
-    process = start(HERE / "notes/checks/reliability.py", "--short", "--json", result)
-    said = process.communicate(timeout=600)[0]
-    assert result.exists(), said
-    return json.loads(result.read_text())
+def fire():
+    """What the harness says in its short form, in a process of its own."""
+    return start(HERE / "notes/checks/reliability.py", "--short").communicate(timeout=600)[0]
 
 
-FIRE = {"kill": "a run killed at a random moment, and at every rename, ends as if undisturbed",
-        "ranks": "of two processes one is killed: the other ends with one line, the run resumes bit-equal",
-        "disk": "a full disk is one line and exit code 2, and the run resumes when there is room",
-        "files": "damaged checkpoints, pictures and tables are refused in one line, or harmless"}
-
-
-@pytest.mark.parametrize("section", FIRE, ids=lambda section: FIRE[section])
+@pytest.mark.parametrize("section", ["kill", "ranks", "disk", "files"])
 def test_under_fire(section, fire):
-    assert fire[section] == "held"
+    assert f"{section} held" in fire, fire
 
 
 def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path):
@@ -3304,30 +2738,6 @@ def test_one_signal_ends_the_encoding_of_texts_at_once_and_no_block_is_made_twic
     one, two = (state(folder / "dit.pt")["ema"] for folder in (out, trained))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     assert not list(out.glob("*.partial"))
-
-
-def test_broken_pictures_of_an_encoding_are_counted_over_all_its_runs(tmp_path, encoders, refused,
-                                                                     monkeypatch):
-    folder = tmp_path / "in"
-    for i in range(130):
-        picture(folder / f"{i:03d}.png")
-    for name in ("001.png", "100.png"):                                 # one in each of two chunks of 64
-        (folder / name).write_bytes(b"")
-    flags = [*map(str, zoo_flags(encoders, folder, tmp_path / "out")), *PSVAE[:2], "--lpips-weight", "0",
-             "--seed", "3", "--steps", "1", "--batch", "2"]
-    with monkeypatch.context() as patch:
-        stop_at(patch, "latents", 1, "count_broken")
-        assert psvae.main(flags) == 143
-    assert "2 of 130 pictures are unusable" in refused(psvae.main, *flags)
-    assert not (tmp_path / "out/latents").exists()
-    assert psvae.main([*flags, "--max-broken", "0.02"]) == 0
-
-
-def test_every_rank_names_the_pictures_that_it_cannot_read(tmp_path, capsys):
-    run = SimpleNamespace(main=False, broken={}, folder=SimpleNamespace(images=["a.png"] * 200),
-                          cfg=SimpleNamespace(max_broken=0.01))
-    data.Run.count_broken(run, [(7, "OSError: cut")])
-    assert "cannot read 'a.png': OSError: cut" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available"),
@@ -3378,7 +2788,8 @@ def test_a_hint_can_be_pasted_whatever_the_folder_and_the_caption():
 def test_a_folder_takes_the_place_of_another_whole(tmp_path):
     touch(tmp_path, "new/b", "path/a", "path.old/left by a killed run")
     data.finish(tmp_path / "new", tmp_path / "path", {"count": 3})
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["path", "path/b", "path/meta.json"]
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["path", "path/b", "path/meta.json"]
 
 
 def test_damaged_notes_of_our_own_are_made_again(copy, trained, encoders):
@@ -3456,29 +2867,6 @@ def test_parquet_is_refused_with_the_way_out(tmp_path, refused):
 
 # --- Full scale: real encoders, memory, speed -----------------------------------------------------
 
-
-@pytest.mark.parametrize("stage", ["psvae", "dit"])
-def test_losses_and_gradients_of_micro_batches_equal_those_of_one_batch_to_rounding(
-        stage, copy, encoders, monkeypatch, gradients):
-    rows, record = [], data.Run.record
-
-    def recorded(run, losses):
-        rows.append({name: value.item() for name, value in losses.items()})
-        record(run, losses)
-    monkeypatch.setattr(data.Run, "record", recorded)
-    monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
-    for parts in ("1", "2", "8"):
-        out = copy(*NEEDS[stage])
-        argv = [*stage_flags(stage, encoders), "--steps", "1", "--log-every", "1", "--clip", "1e9"]
-        assert PROGRAMS[stage].main([*argv, "--micro-batches", parts, "--out", str(out)]) == 0
-    norm = gradients[0].norm()
-    assert norm > 0.01
-    for gradient, row in zip(gradients[1:], rows[1:]):
-        difference = gradient - gradients[0]
-        assert difference.abs().max() < 2e-6 * max(1, norm) and difference.norm() < 3e-6 * norm
-        assert row == pytest.approx(rows[0], rel=1e-6)
-
-
 @pytest.mark.parametrize("stage", ["svae", "psvae", "dit"])
 def test_nothing_in_a_step_waits_for_the_device(stage, copy, encoders, monkeypatch):
     """From the end of step 2 to that of 4 nobody asks for a value, as a card would have to be waited for."""
@@ -3496,7 +2884,11 @@ def test_nothing_in_a_step_waits_for_the_device(stage, copy, encoders, monkeypat
     assert len(steps) == 7 and not asked
 
 
-def test_the_text_encoder_is_gone_before_there_is_a_dit(copy, encoders, monkeypatch):
+def test_stage_3_opens_no_picture_and_its_text_encoder_is_gone_before_there_is_a_dit(
+        copy, encoders, monkeypatch):
+    out = copy("latents")
+    shutil.rmtree(out / "world")
+    monkeypatch.setattr(Image, "open", lambda *args, **_: pytest.fail(f"opened {args}"))
     load, build, network = data.load_text_encoder, dit.build, []
 
     def loaded(*args):
@@ -3512,7 +2904,7 @@ def test_the_text_encoder_is_gone_before_there_is_a_dit(copy, encoders, monkeypa
     monkeypatch.setattr(dit, "build", built)
     gc.disable()                                                        # freed at once, not some time later
     try:
-        assert dit.main([*stage_flags("dit", encoders), "--out", str(copy("latents"))]) == 0
+        assert dit.main([*stage_flags("dit", encoders), "--out", str(out)]) == 0
     finally:
         gc.enable()
     assert network[-1] == "built"
@@ -3527,25 +2919,13 @@ def test_every_kind_of_t5_encoder_loads_whole(kind, tmp_path, encoders):
     network = model(config(vocab_size=400, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2,
                            pad_token_id=0, eos_token_id=1)).eval()
     network.save_pretrained(tmp_path / "text")
+    # As the Hub has it, with its decoder
+    more = {"lm_head.weight": torch.zeros(400, 16), "decoder.final_layer_norm.weight": torch.zeros(16)}
+    weights_changed(lambda w: w | more)(tmp_path / "text")
     encoder = data.load_text_encoder(str(tmp_path / "text"))
     tokens = encoder.tokenize(["a red circle"])
     expected = network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
     assert (encoder(["a red circle"])[0] - expected.last_hidden_state).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("kind, size, million", [
-    ("image", "small", 22.06), ("image", "base", 86.58), ("image", "large", 304.37),
-    ("image", "giant", 1136.5), ("text", "small", 35.3), ("text", "base", 109.6),
-    ("text", "large", 341.2), ("text", "xl", 1223.5), ("text", "xxl", 4762.3)])
-def test_encoders_are_built_in_the_hubs_sizes(kind, size, million, tmp_path, monkeypatch):
-    built = []
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained",
-                        lambda network, _: built.append(sum(p.numel() for p in network.parameters())))
-    monkeypatch.setattr(pretrain_tiny, "build_tokenizer",
-                        lambda *_: SimpleNamespace(save_pretrained=lambda _: None))
-    with torch.device("meta"):
-        getattr(bench, f"build_{kind}_encoder")(tmp_path, size)
-    assert built[0] / 1e6 == pytest.approx(million, rel=1e-3)
 
 
 def test_the_full_preset_runs_from_a_folder_to_a_picture_with_encoders_of_its_kind(tmp_path, capsys):
@@ -3557,7 +2937,7 @@ def test_the_full_preset_runs_from_a_folder_to_a_picture_with_encoders_of_its_ki
 
 
 def test_bench_prints_a_line_for_every_part(tmp_path, capsys):
-    argv = ("--device cpu --preset tiny --pictures 80 --batch 8 --warm 1 --window 1 --runs 2 "
+    argv = ("--device cpu --preset tiny --pictures 80 --batch 8 --warm 1 --window 1 --runs 1 "
             "--sample-steps 2 --workers 0").split()
     assert bench.main([*argv, "--work", str(tmp_path)]) in (None, 0)
     said = capsys.readouterr().out
@@ -3569,7 +2949,6 @@ def test_bench_prints_a_line_for_every_part(tmp_path, capsys):
 
 
 # --- The page: notes/reading ----------------------------------------------------------------------
-
 
 def test_the_page_is_what_its_sources_say():
     page = reading.PAGE.read_text(encoding="utf-8")
@@ -3584,7 +2963,10 @@ def test_the_page_is_what_its_sources_say():
     assert len(page.encode()) <= 4_000_000
 
 
-def test_links_of_the_page_lead_somewhere():
+def test_links_of_the_page_and_of_every_text_lead_somewhere():
+    for text in (HERE / "README.md", *HERE.glob("notes/**/*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", text.read_text(encoding="utf-8")):
+            assert (text.parent / link).exists(), f"{text}: {link}"
     page = reading.split(reading.PAGE.read_text(encoding="utf-8"))[0]
     anchors = set(re.findall(r'id="([^"]+)"', page))
     for link in set(re.findall(r'href="([^"]+)"', page)) - {"data:,"}:
@@ -3596,74 +2978,3 @@ def test_links_of_the_page_lead_somewhere():
             assert not place or lines[int(place.removeprefix("L")) - 1].strip(), link
 
 
-@pytest.mark.parametrize("old, new, said", [
-    ("`svae.svae_loss`", "`svae.lost`", "svae.py has no lost"),
-    ("`svae.svae_loss`", "`svae.semantic_loss`", "no `# Eq. 8:` in svae.semantic_loss"),
-    ("@ optimizer.step()", "@ optimizer.leap()", "no line of train has 'optimizer.leap()'"),
-    ("`test_eq_8_*`", "`test_eq_8x_*`", "test_all.py has no test_eq_8x_*"),
-    ("| 8 | S-VAE loss", "| 7 | S-VAE loss", "Eq. 7 has two formulas"),
-    ("| 8 | S-VAE loss |", "No 8 |", "Eq. 8 have no formula"),
-])
-def test_what_the_page_cannot_find_is_named(old, new, said, tmp_path, monkeypatch):
-    text = reading.EQUATIONS.read_text(encoding="utf-8")
-    assert old in text
-    (tmp_path / "equations.md").write_text(text.replace(old, new, 1), encoding="utf-8")
-    monkeypatch.setattr(reading, "EQUATIONS", tmp_path / "equations.md")
-    with pytest.raises(reading.Stale, match=re.escape(said)):
-        reading.text_part()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def opened(browser, **options):
-    """The page in a browser, and a list that gets every message and request of its."""
-    page, said = browser.new_page(**options), []
-    page.set_default_timeout(120_000)                  # a busy machine is no error
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(request.url) if request.url != reading.PAGE.as_uri()
-            and not request.url.startswith("data:") else None)
-    page.goto(reading.PAGE.as_uri())
-    return page, said
-
-
-@pytest.mark.parametrize("width, scheme", [(390, "light"), (1440, "dark")])
-def test_the_page_in_a_browser(width, scheme, browser):
-    page, said = opened(browser, viewport={"width": width, "height": 800}, color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    wide = page.evaluate("""[...document.querySelectorAll("main *")].filter(e => e.getClientRects().length
-        && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .formula")).map(e => e.outerHTML)""")
-    assert not wide, wide[0][:300]
-    boxes = page.evaluate("""[...document.querySelectorAll("article[id^=eq-] math[display=block]")].map(e =>
-        [e.closest("article").id, e.getBoundingClientRect().height])""")
-    assert len({name for name, _ in boxes}) == 34 and min(height for _, height in boxes) > 12
-    for slider in page.locator("input[type=range]").all():
-        shown = slider.locator("xpath=ancestor::figure").locator(".tiles, svg").last
-        pictures = []
-        for key in ("Home", "End"):
-            slider.press(key)
-            pictures.append(shown.screenshot())
-        assert pictures[0] != pictures[1], f"{slider.get_attribute('id')} moves nothing"
-    assert not said, said
-
-
-def test_the_page_ties_symbols_and_reads_without_a_script(browser):
-    page, said = opened(browser, viewport={"width": 1440, "height": 800})
-    for where, there in ((".formula [data-s~=mu]", ".code [data-s~=mu]"), (".code [data-s~=mu]", ".formula")):
-        page.locator("#eq-11 " + where).first.hover()
-        assert page.locator("#eq-11 " + there).first.evaluate("e => e.matches('.lit') || !!e.querySelector('.lit')")
-    page.locator("#loop-svae .pseudo [data-s]").nth(1).focus()
-    assert "f = " in page.locator("#loop-svae .code .l.lit").inner_text()
-    still, _ = opened(browser, java_script_enabled=False)
-    assert "kl_divergence" in still.locator("#eq-11 .code").inner_text()
-    assert still.locator("#fig-film .pic").first.bounding_box()["height"] > 50 and not said, said

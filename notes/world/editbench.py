@@ -11,8 +11,10 @@ kept     background, other objects, and all that is unsaid about the changed one
          nothing is new
 both     at once, in the same picture
 
-An unreadable result is neither. Writes out/editbench.json, and out/editbench.png: failures, as
-source, result, a right answer.
+An unreadable result is neither. The region that must not change is also compared pixel by pixel,
+where the instruction was obeyed, beside what the PS-VAE alone makes of the source: no edit of
+latents can be closer. Writes out/editbench.json, and out/editbench.png: failures, as source,
+result, a right answer.
 """
 
 import itertools
@@ -24,9 +26,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from notes.world.geneval import brief, load, parser_of, save, summarise  # noqa: E402
-from notes.world.judge import read  # noqa: E402
+from notes.world.judge import read, round_trip  # noqa: E402
 from notes.world.world import (CANVAS, COLOURS, KINDS, LOOK, SHAPES, SIZES, STYLES,  # noqa: E402
-                               WORDS, draw, edit, looks_like, relation)
+                               WORDS, draw, edit, looks_like, relation, room)
 
 NEAR = 3.0   # pixels within which an object counts as not moved
 NAMED = {"recolour": ("colour",), "restyle": ("style",), "replace": ("shape", "colour"),
@@ -122,26 +124,47 @@ def judge_edit(triple, facts):
     return obeyed, kept and all(j in best for j in range(len(facts.objects)))   # and nothing is new
 
 
+def untouched(triple, facts):
+    """Pixels that must not change, bool (64, 64): 3 or more away from all that was; or None."""
+    source, target = triple["source"].objects, triple["target"].objects
+    if triple["kind"] == "background":
+        return None
+    mask = np.ones((CANVAS, CANVAS), bool)
+    kept = [o for o in source if o in target]
+    changed = [o for o in (*source, *target) if o not in kept]
+    changed += [r for r in facts.objects if all(distance(r, o) > NEAR for o in kept)]   # added
+    for o in changed:
+        reach = room(o.shape, o.size)[-1] + 3
+        rows, columns = (slice(max(0, int(c - reach)), int(c + reach) + 1) for c in (o.y, o.x))
+        mask[rows, columns] = False
+    return mask if mask.any() else None
+
+
 # --- Scores ---------------------------------------------------------------------------------------
 
-def evaluate(edit, triples, seed=0, batch=128, keep=48):
+def evaluate(edit, triples, seed=0, batch=128, trip=lambda pictures: pictures, keep=48):
     """Scores `edit(sources uint8 (N, 64, 64, 3), texts, seed) -> uint8`; picture k from noise of
-    seed + k.
+    seed + k. trip maps pictures to what the PS-VAE alone makes of them.
 
     Returns {"seen", "heldout", "kinds": {kind: …}: each {"obeyed", "kept", "both": {"score",
-    "interval", "prompts"}, "edits"}, "unreadable", "seconds", "seed", "failures": [([source,
-    result, target], [the instruction, what is wrong])]}.
+    "interval", "prompts"}, "edits"}, "unreadable", "seconds", "seed", "untouched": {"result",
+    "round_trip"} in dB, "failures": [([source, result, target], [the instruction, what is
+    wrong])]}.
     """
-    good, unreadable, failures, began = [], 0, [], time.perf_counter()
+    good, unreadable, failures, squares, began = [], 0, [], [], time.perf_counter()
     for start in range(0, len(triples), batch):
         some = triples[start:start + batch]
         sources = np.stack([draw(t["source"]) for t in some])
         results = edit(sources, [t["instruction"] for t in some], seed * 1_000_003 + start)
-        for t, source, result in zip(some, sources, results):
+        for t, source, result, back in zip(some, sources, results, trip(sources)):
             facts = read(result)
             obeyed, kept = judge_edit(t, facts)
             good.append((obeyed, kept, obeyed and kept))
             unreadable += facts is None
+            mask = untouched(t, facts) if obeyed else None
+            if mask is not None:
+                squares.append([np.mean(np.subtract(picture, source, dtype=float)[mask] ** 2)
+                                for picture in (result, back)])
             if not (obeyed and kept):
                 wrong = " and ".join(["not obeyed"] * (not obeyed) + ["not kept"] * (not kept))
                 pictures = [source, result, draw(t["target"])]
@@ -154,11 +177,13 @@ def evaluate(edit, triples, seed=0, batch=128, keep=48):
         return {**{name: summarise([""] * len(chosen), column) for name, column in columns},
                 "edits": len(chosen)}
 
+    decibel = 10 * np.log10(255 ** 2 / np.maximum(np.mean(squares, 0), 1e-3)) if squares else []
     return {"seen": part(lambda t: t["split"] != "heldout"),
             "heldout": part(lambda t: t["split"] == "heldout"),
             "kinds": {kind: part(lambda t: t["kind"] == kind) for kind in KINDS},
             "unreadable": unreadable / len(triples), "seconds": time.perf_counter() - began,
             "seed": seed,
+            "untouched": dict(zip(("result", "round_trip"), map(float, decibel))),
             "failures": failures[::max(1, -(-len(failures) // keep))]}
 
 
@@ -171,6 +196,9 @@ def report(result):
             shares = "".join(f"{s[k]['score']:>8.1%}" for k in ("obeyed", "kept", "both"))
             low, high = s["both"]["interval"]
             lines.append(f"{name:<14}{shares}   {low:>6.1%} – {high:<6.1%}{s['edits']:>6}")
+    if result["untouched"]:
+        lines.append("what must not change, where obeyed: {result:.1f} dB; the PS-VAE's round "
+                     "trip: {round_trip:.1f} dB".format_map(result["untouched"]))
     return "\n".join([*lines, f"unreadable: {result['unreadable']:.1%} of the pictures; "
                               f"{result['seconds']:.0f} s"])
 
@@ -193,7 +221,8 @@ def main():
             return pipeline(texts, seeds, sources, **dict(zip(names, values)))
 
         s, s_image, steps, eta = values
-        result = evaluate(apply, asked, seed, args.batch)
+        result = evaluate(apply, asked, seed, args.batch,
+                          lambda pictures: round_trip(pipeline.psvae, pictures, pipeline.device))
         failures = result.pop("failures")
         shown = failures if shown is None else shown
         title = (f"guidance {s:g}, image guidance {s_image:g}, {steps} steps, eta {eta:g}, "

@@ -12,14 +12,15 @@ repository Gaurav14cs17/PS-VAE.
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: an hour on 2 CPU cores
+    python dit.py                         reads out/latents; tiny: an hour of one CPU core
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (the embedding of every distinct caption),
 out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t).
 Run again, it resumes.
-Expect (tiny, seed 0): held-out loss of v by quarter of t 0.34, 0.15, 0.24, 0.52 after 1,000 steps,
-0.21, 0.06, 0.13, 0.44 after 5,600; two objects at once come last.
+Expect (tiny, seed 0): held-out loss of v by quarter of t 0.33, 0.13, 0.24, 0.52 after 1,000 steps,
+0.18, 0.04, 0.14, 0.42 at the end, when half of the prompts are drawn right; two objects at once
+come last.
 """
 
 import collections

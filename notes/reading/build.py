@@ -2,10 +2,8 @@
 
     python notes/reading/build.py                 text and pictures, a minute on two cores
     python notes/reading/build.py --text          text alone, seconds; the pictures stay
-page.png of the README is a screenshot, by any browser that has no window:
 
-    chromium --headless --force-prefers-reduced-motion --window-size=1280,720 \\
-        --screenshot=notes/reading/page.png "file://$PWD/notes/reading/index.html#eq-22"
+page.png of the README is a screenshot of its #eq-22, 1280 by 720, by any browser.
 
 Nothing on the page is copied by hand: formulas, meanings, functions and tests come from
 notes/equations.md, code from the files (by function name and `# Eq. n` mark), pictures from the

@@ -12,7 +12,7 @@ Meeting pictures leaves a text encoder a bag of words: whose colour is whose doe
 reads as well, at the same time and then alone: linear maps of each noun's embedding name what the text says
 of that noun.
 
-    python notes/tiny/pretrain_tiny.py [--steps 600] [--read-steps 600]
+    python notes/tiny/pretrain_tiny.py [--steps 700] [--read-steps 600]
         writes notes/tiny/{image,text}_encoder
 
 Both are saved in transformers' own format, in half precision, and loaded by the same code as the big ones.
@@ -358,7 +358,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
-    parser.add_argument("--steps", type=int, default=600, help="of both encoders")
+    parser.add_argument("--steps", type=int, default=700, help="of both encoders")
     parser.add_argument("--read-steps", type=int, default=600, help="then, of the text encoder alone")
     parser.add_argument("--batch", type=int, default=128,
                         help="captions a step; a third as many edits besides")

@@ -1675,8 +1675,10 @@ def shard_path(folder: Path, number: int, kind: str = "") -> Path:
 
 
 def save_array(path: Path, array: np.ndarray):
-    with atomic(path) as partial, open(partial, "wb") as file:  # np.save would add .npy to a name
-        np.save(file, array)
+    with atomic(path) as partial:
+        whole = io.BytesIO()                           # into a file np.save may turn a Ctrl-C into
+        np.save(whole, array)                          # a TypeError, and to a name it adds .npy
+        partial.write_bytes(whole.getbuffer())
 
 
 class Latents(torch.utils.data.Dataset):

@@ -12,7 +12,7 @@ repository Gaurav14cs17/PS-VAE.
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: an hour of one CPU core
+    python dit.py                         reads out/latents; tiny: 34 minutes on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (the embedding of every distinct caption),

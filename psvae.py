@@ -13,7 +13,7 @@ repository Gaurav14cs17/PS-VAE.
     |--E, frozen--> f_target ----- MSE ----- f_hat <--SemanticDecoder--|
     '---------------------- L1, MSE, LPIPS --- x_hat <--PixelDecoder---'
 
-    python psvae.py                       from out/svae.pt; tiny: 70 minutes of one CPU core
+    python psvae.py                       from out/svae.pt; tiny: 43 minutes on 2 CPU cores
     python psvae.py --data ./imagenet     the real thing, on one CUDA GPU
     python psvae.py --reconstruct a.png   out/reconstruction.png: picture | its reconstruction
     python psvae.py --encode-only         writes out/latents/ again

@@ -11,7 +11,7 @@ repository Gaurav14cs17/PS-VAE.
                                    |                                    | z = mu + sigma * eps
                                    '---- MSE ---- f_hat <--SemanticDecoder'
 
-    python svae.py                      the built-in world, tiny preset: 3 minutes of one CPU core
+    python svae.py                      the built-in world, tiny preset: 2 minutes on 2 CPU cores
     python svae.py --data ./imagenet    DINOv2-L on one CUDA GPU
 
 Reads a folder of pictures. Writes out/svae.pt, out/svae.csv (every loss term, held-out ones too)

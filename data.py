@@ -715,10 +715,9 @@ def _load_network(kind, name: str, model_types: tuple[str, ...], dtype):
     logging.disable_progress_bar()                     # the run has its own
     logging.set_verbosity_error()                      # what is missing or unexpected is told below
     network, info = _from_pretrained(kind, name, dtype=dtype, output_loading_info=True)
-    wrong = [str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-             for key in sorted(info[what], key=str)
-             if "position_ids" not in str(key)         # nor a T5's other half
-             and not str(key).startswith(("lm_head.", "decoder."))]
+    wrong = [key for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+             for key in sorted(map(str, info[what])) if "position_ids" not in key
+             and not key.startswith(("lm_head.", "decoder."))]         # the other half of a T5
     if wrong:
         raise UserError(f"{name} does not fit its architecture: {len(wrong)} weights missing or "
                         f"unexpected, the first {wrong[0]}.")

@@ -19,8 +19,8 @@ Reads out/latents/ (psvae.py writes it). Writes out/text/ (the embedding of ever
 out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t).
 Run again, it resumes.
 Expect (tiny, seed 0): held-out loss of v by quarter of t 0.33, 0.13, 0.24, 0.52 after 1,000 steps,
-0.18, 0.04, 0.14, 0.42 at the end, when half of the prompts are drawn right; two objects at once
-come last.
+0.18, 0.04, 0.14, 0.42 at the end, when half of the prompts are drawn right (on latents of 5,000
+steps of psvae.py); two objects at once come last.
 """
 
 import collections

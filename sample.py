@@ -174,7 +174,7 @@ class Pipeline:
         if not self.folder.is_dir():
             raise data.UserError(f"{folder}: no such folder. Needed is one that has dit.pt.")
         self.pixel_decoder, psvae = load_psvae(self.folder / "psvae.pt", self.device,
-                                                   draws_only=True)
+                                               draws_only=True)
         self.dit, checkpoint = load_dit(path, self.device)
         with data.reading(path):
             self.config, self.step = checkpoint["config"], checkpoint["step"]

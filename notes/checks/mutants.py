@@ -77,6 +77,11 @@ FAULTS = {
     "gradients not averaged":
         ("data.py", r"(def distribute\((?:.*\n)+?        if )self.world == 1", r"\1True",
          "two_processes_take"),
+    "micro-batches summed, not averaged":
+        ("psvae.py", r'\(losses\["loss"\] / cfg.micro_batches\)', 'losses["loss"]',
+         "two_processes_take"),
+    "gradients not clipped":
+        ("dit.py", r"model.parameters\(\), cfg.clip", "model.parameters(), 1e9", "stage_3_gets"),
     "encoder_lr_scale not in the optimizer":
         ("psvae.py", r'"scale": cfg.encoder_lr_scale', '"scale": 1.0', "stage_2_trains"),
     "encoder_lr_scale not in the rate":

@@ -45,7 +45,7 @@ class Config:
     steps: int = 50                         # DDIM steps, at most T
     guidance: float = 7.5                   # s of Eq. 33; 1 is none (without --image half the work)
     image_guidance: float = 1.5             # how closely an edit keeps to its source
-    eta: float = 0.0                        # 0: DDIM, deterministic; 1, with all T steps: DDPM
+    eta: float = 0.0                        # 0: deterministic; 1, with all T steps: DDPM; or more
     seed: int = 0                           # picture i of a prompt starts from noise (seed, i)
     out: str = ""                           # a picture or folder/; default: beside the model
     film: bool = False                      # also <out>_film: predicted z_0, decoded, along the way
@@ -54,7 +54,7 @@ class Config:
     device: str = "auto"                    # auto, cpu or cuda
 
     def __post_init__(self):
-        data.check(self, n=(1, 1e6), steps=(1, 1e6), eta=(0, 1))
+        data.check(self, n=(1, 1e6), steps=(1, 1e6))
         data.check_choice(self, device=("auto", "cpu", "cuda"))
         if not self.prompt:
             raise data.UserError('--prompt is missing; for example: python sample.py --prompt '
@@ -115,9 +115,11 @@ def ddim_step(z_t, eps, ab_t: float, ab_prev: float, eta: float, noise):
     """From t to the next time of the list, however far; ab is alpha_bar there, noise ~ N(0, I).
 
     eta = 0 is deterministic; with eta = 1 and all T steps sigma_t is that of the DDPM posterior
-    (Eq. 23). Returns (z_prev, predicted z_0).
+    (Eq. 23). The largest there can be is all noise: above it the root of Eq. 34 has no value.
+    Returns (z_prev, predicted z_0).
     """
     sigma_t = eta * ((1 - ab_prev) / (1 - ab_t)) ** 0.5 * (1 - ab_t / ab_prev) ** 0.5
+    sigma_t = min(sigma_t, (1 - ab_prev) ** 0.5)
     z_0 = (z_t - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5                     # predicted z_0
     towards_z_t = max(0.0, 1 - ab_prev - sigma_t ** 2) ** 0.5               # 0.0: rounding
     # Eq. 34: z_{t-1} = sqrt(ab_{t-1}) * predicted z_0

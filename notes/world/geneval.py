@@ -33,6 +33,7 @@ from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, HELD_OUT, NUMBERS, 
 TASKS = {"single": 80, "two": 99, "counting": 80, "colours": 94, "position": 100, "binding": 100}
 HELD_OUT_SHARE = 0.2   # of the prompts of the four tasks that name colours
 BOOTSTRAP = 1000       # times that the prompts are drawn again
+SETTINGS = "guidance", "steps", "eta"
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -240,8 +241,23 @@ def save(results, failures, out, heads=None):
                       out.with_suffix(".png"))
 
 
+def sweep(results) -> str:
+    """Markdown: a line for each setting, in per cent, mean ± standard deviation over the seeds."""
+    lines = ["| guidance | steps | eta | right | held out | single | unreadable | seconds |",
+             "|---" * 8 + "|"]
+    for setting in dict.fromkeys(tuple(run[key] for key in SETTINGS) for run in results):
+        runs = [run for run in results if tuple(run[key] for key in SETTINGS) == setting]
+        columns = np.array([[run["overall"]["score"], run["heldout"]["score"],
+                             run["tasks"]["single"]["score"], run["unreadable"]] for run in runs])
+        cells = [f"{100 * c.mean():.1f}" + (f" ± {100 * c.std(ddof=1):.1f}" if c[1:].size else "")
+                 for c in columns.T]
+        seconds = np.mean([run["seconds"] for run in runs])
+        lines.append(f"| {' | '.join([f'{v:g}' for v in setting] + cells)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
 def main():
-    parser = parser_of(__doc__, ("guidance", "steps", "eta"), "out/geneval.json")
+    parser = parser_of(__doc__, SETTINGS, "out/geneval.json")
     parser.add_argument("--n", type=int, default=4, help="pictures of each prompt (4)")
     args = parser.parse_args()
     asked = prompts()
@@ -249,7 +265,7 @@ def main():
         asked, args.n = asked[::4], 1
     pipeline, name, own = load(args)
     results = []
-    grid = [getattr(args, key) or [own[key]] for key in ("guidance", "steps", "eta")]
+    grid = [getattr(args, key) or [own[key]] for key in SETTINGS]
     for guidance, steps, eta, seed in itertools.product(*grid, args.seed):
         def generate(texts, first):
             seeds = [first + i for i in range(len(texts))]
@@ -260,6 +276,8 @@ def main():
         print(f"\n{name}: guidance {guidance:g}, {steps} steps, eta {eta:g}, seed {seed}\n"
               f"{report(result)}", flush=True)
         results.append({"model": name, "guidance": guidance, "steps": steps, "eta": eta, **result})
+    if len(results) > 1:
+        print("\n" + sweep(results))
     cells = [(picture, f"{text}. Seen: {brief(facts)}") for text, picture, facts in failures]
     save(results, [tuple(zip(*cells[i:i + 8])) for i in range(0, len(cells), 8)], args.out)
 

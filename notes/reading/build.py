@@ -657,7 +657,7 @@ PLAIN = {                   # by equation: arguments of moving()
            (("z_t as colours", "<b>z_t</b> as colours"),
             ("z_t, decoded", "<b>z_t</b> decoded")),
            "How much of z_0 is left at t: ᾱ, z_t (three principal components of each cell), and "
-           "what the pixel decoder makes of it, which was never taught noise."),
+           "what the pixel decoder makes of it, which has learned no noise but that of Eq. 6."),
     "32": ("guess", "t", len(TIMES), 14,
            (("z_t, decoded", "z_t decoded"),
             ("the network's guess of z_0 from this z_t, decoded", "ẑ_0 decoded"),

@@ -391,8 +391,8 @@ def sample_t(run: data.Run, step: int, cfg: Config) -> torch.Tensor:
     """t (B,) in 1 .. T: uniform, or with --logit-std more often from the middle."""
     if not cfg.logit_std:
         return run.randint(step, "t", 1, cfg.T + 1)
-    # DEVIATION (--logit-std, tiny): the guide draws t uniformly. What is in the picture is decided
-    # at middle noise, which is learned nearly twice as fast when drawn more often; as in the paper.
+    # DEVIATION (--logit-std, tiny): the guide draws t uniformly, the paper as here. Pictures are
+    # decided at middle noise: drawn more often, they are as right after two thirds of the steps.
     u = torch.sigmoid(cfg.logit_mean + cfg.logit_std * run.randn(step, "t"))
     return (1 + cfg.T * u).long().clamp(max=cfg.T)
 

@@ -47,7 +47,7 @@ import sample
 import svae
 from notes import convert
 from notes.checks import bench, evaluate
-from notes.claims import claims, off_manifold
+from notes.claims import claims, lab, off_manifold
 from notes.reading import build as reading
 from notes.tiny import pretrain_tiny, ship
 from notes.world import editbench, emoji, geneval, judge, swaps
@@ -2655,6 +2655,38 @@ def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
         assert said.startswith("Not tested at this size: the best decoder gives ")
         assert all(f"| {name} |" in said for name in claims.CLAIMS[page])
     assert re.search(r"^wrote .*\.png", said, re.M)
+
+
+def test_the_judge_reads_every_shade_of_the_laboratorys_pictures():
+    for i in range(40):
+        scene, picture = lab.one_object(i, "train")
+        again = lab.draw(scene, np.random.default_rng(i))
+        assert (again != picture).any()
+        assert lab.is_read_as(picture, scene) == lab.is_read_as(again, scene) == (True, True)
+        other, _ = lab.one_object(i + 1, "train")
+        assert lab.is_read_as(picture, other) == (lab.facts(scene) == lab.facts(other), True)
+
+
+def test_a_part_of_the_laboratory_that_was_stopped_has_the_weights_and_the_curve_of_one_that_was_not(
+        tmp_path, monkeypatch):
+    def train(path, stop=None):
+        def loss_of(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return (model(torch.full((1, 2), step / 8.0)) - 1).square().mean()
+
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        found = lab.fit(path, model, [{"params": list(model.parameters())}], 8, 0.1, loss_of,
+                        torch.device("cpu"), look=lambda: model.weight.sum().item())
+        return found["curve"], model.state_dict()
+
+    monkeypatch.setattr(lab, "SAVE_EVERY", -1.0)                            # at every step
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped.pt", stop=5)
+    (curve, weights), (whole_curve, whole) = train(tmp_path / "stopped.pt"), train(tmp_path / "whole.pt")
+    assert curve == whole_curve and len(set(curve)) == 4
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_eq_1_errors_of_points_beside_a_sheet_are_their_distances_to_it_and_to_the_true_points():

@@ -1,8 +1,9 @@
 """The laboratory behind claims.py: small latent spaces, and a DiT on each.
 
 Networks, losses and samplers are the stage files' own; here is only what lets many small runs share
-one memory and one table. Pictures of the built-in world (one filled object each) are drawn once,
-their frozen features computed once, and every trained part is kept in --out under the digest of its
+one memory and one table. A picture is 32 x 32 pixels, two by two cells, with one filled object in
+its middle, so that a space is trained in minutes. No caption says which red is meant: shades vary,
+as detail does that has no name. Every trained part is kept in --out under the digest of its
 settings: run again, a row resumes where it stopped, and one row takes over what another has
 trained. Every random number of a step comes from (seed, part, step), as in the stages.
 
@@ -34,9 +35,10 @@ from notes.tiny import pretrain_tiny  # noqa: E402
 from notes.world import geneval, judge, world  # noqa: E402
 from sample import ddim, sampling_times  # noqa: E402
 
-VERSION = 5            # goes up when the same settings would train something else
+VERSION = 6            # goes up when the same settings would train something else
 SAVE_EVERY = 60        # seconds between checkpoints of a part
-T, BETAS, GRID = 1000, (1e-4, 0.02), 4
+T, BETAS, GRID, SIDE = 1000, (1e-4, 0.02), 2, 32
+SHADES = 7, 10         # how far background and object are from the palette: the judge bears 18, 24
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(8000, 400, (96, 64, 32, 16), (600, 64, 2e-3), (8000, 16, 1e-3),
-                 (6000, 64, 2e-3), (128, 4, 4), 200, (25, 3.0, 1.0)),
+    "cpu": Scale(8000, 400, (64, 32, 16, 16), (600, 64, 2e-3), (2000, 32, 2e-3),
+                 (2000, 64, 2e-3), (128, 4, 4), 200, (25, 3.0, 1.0)),
     "gpu": Scale(40_000, 2000, (128, 128, 64, 32), (2000, 256, 2e-3), (20_000, 128, 1e-3),
                  (30_000, 256, 1e-3), (384, 6, 6), 2000, (50, 3.0, 1.0)),
-    "quick": Scale(64, 16, (8, 8, 8, 8), (2, 8, 1e-3), (4, 4, 1e-3), (2, 4, 1e-3), (16, 1, 1), 8,
+    "quick": Scale(64, 16, (8, 8, 8, 8), (2, 8, 1e-3), (4, 4, 1e-3), (4, 4, 1e-3), (16, 1, 1), 8,
                    (2, 3.0, 1.0)),
 }
 
@@ -67,48 +69,57 @@ SCALES = {
 class Space:
     """A latent space: everything, beside the scale, that its training depends on."""
     kind: str = "psvae"         # vae, rae, svae, pvae or psvae
-    z_dim: int = 24             # channels (rae: those of the features)
+    z_dim: int = 24             # channels; 0: as many as the features have (rae)
     beta: float = 3e-3          # weight of Eq. 11, a sum over channels; for the mean: beta / z_dim
     seed: int = 0
+    blind: bool = False         # its frozen encoder has learned that shades do not matter
 
 
 # --- The pictures ---------------------------------------------------------------------------------
 
 FACTS = {"background": tuple(world.BACKGROUNDS), "colour": tuple(world.COLOURS),
-         "shape": world.SHAPES, "size": tuple(world.SIZES), "place": tuple(world.PLACES.values())}
+         "shape": world.SHAPES, "size": tuple(world.SIZES)}
 
 
-def one_object(index: int, split: str) -> world.Scene:
-    """Scene `index`: one filled object on a background, of the pairs that training shows."""
+def one_object(index: int, split: str) -> tuple[world.Scene, np.ndarray]:
+    """Scene `index`, one filled object of the pairs that training shows, and its picture."""
     rng = world.generator("lab", split, index)
     colour, shape = world.pick_look(rng, "train")
-    thing = world.Object(shape, colour, world.choose(rng, world.SIZES), "filled")
-    things = world.place([thing], rng)
-    return world.Scene(world.choose(rng, world.BACKGROUNDS), things)
+    size, at = world.choose(rng, world.SIZES), world.CANVAS / 2
+    o = world.Object(shape, colour, size, "filled", at, at)
+    scene = world.Scene(world.choose(rng, world.BACKGROUNDS), (o,))
+    return scene, draw(scene, rng)
 
 
-def place_of(o: world.Object) -> str:
-    return world.PLACES[tuple(min(3, max(1, round(v / world.LATTICE))) for v in (o.x, o.y))]
+def draw(scene: world.Scene, rng) -> np.ndarray:
+    """The scene in some shades: uint8 (32, 32, 3)."""
+    o, axis = scene.objects[0], np.arange(SIDE) + 0.5 - SIDE / 2
+    palette = world.BACKGROUNDS[scene.background], world.COLOURS[o.colour]
+    back, front = (rgb + rng.uniform(-far, far, 3) for rgb, far in zip(palette, SHADES))
+    alpha = world.coverage(o.shape, o.size, *np.meshgrid(axis, axis))[..., None]
+    return (back + alpha * (front - back)).clip(0, 255).round().astype(np.uint8)
 
 
 def facts(scene: world.Scene) -> list[int]:
     o = scene.objects[0]
-    said = (scene.background, o.colour, o.shape, o.size, place_of(o))
+    said = (scene.background, o.colour, o.shape, o.size)
     return [options.index(value) for value, options in zip(said, FACTS.values())]
 
 
 def prompt(scene: world.Scene) -> str:
     """All that there is to say, in the plainest words."""
-    o = scene.objects[0]
-    where = place_of(o)
-    return (f"{world.with_article(world.noun(o, world.LOOK, geneval.Plain()))} "
-            f"{'in' if where == 'center' else 'at'} the {where} on a {scene.background} background")
+    o = world.noun(scene.objects[0], world.LOOK, geneval.Plain())
+    return f"{world.with_article(o)} on {world.with_article(scene.background)} background"
 
 
 def is_read_as(picture: np.ndarray, scene: world.Scene) -> tuple[bool, bool]:
     """Whether the judge reads in a picture just what the scene holds; whether it can read it at
-    all."""
-    seen = judge.read(picture)
+    all. It wants 64 x 64 pixels: around the picture there is its border's colour."""
+    border = np.concatenate([picture[[0, -1]].reshape(-1, 3), picture[:, [0, -1]].reshape(-1, 3)])
+    canvas = np.empty((world.CANVAS, world.CANVAS, 3), np.uint8)
+    canvas[:], at = np.median(border, axis=0), slice(SIDE // 2, SIDE // 2 + SIDE)
+    canvas[at, at] = picture
+    seen = judge.read(canvas)
     if seen is None or len(seen.objects) != 1:
         return False, seen is not None
     return facts(seen) == facts(scene) and seen.objects[0].style == scene.objects[0].style, True
@@ -186,12 +197,13 @@ def replace_file(path: Path, write):
 
 @torch.enable_grad()           # measurements, which need no gradient, may ask for the training
 def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, decay=0.01,
-        say="") -> float:
+        look=None, say="") -> dict:
     """Trains in place, from where `path` stops; loss_of(step) is the loss of its batch. Keeps
-    everything in `path`, every SAVE_EVERY seconds and at the end. Returns the seconds it took."""
+    everything in `path`, every SAVE_EVERY seconds and at the end. Returns the "seconds" it took and
+    its "curve": what look() gave after each quarter of the steps."""
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay,
                                   fused=True)
-    kept = {"step": 0, "seconds": 0.0}
+    kept = {"step": 0, "seconds": 0.0, "curve": []}
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(kept["model"])
@@ -207,6 +219,8 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = kept["step"] = step + 1
+        if look and done % (steps // 4) == 0:
+            kept["curve"].append(look())
         if done == steps or time.monotonic() - saved > SAVE_EVERY:
             if not torch.isfinite(loss):
                 raise data.UserError(f"{path.name}: the loss is {loss.item()} at step {done}")
@@ -216,7 +230,7 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
             saved = time.monotonic()
             print(f"  {say} step {done:,} of {steps:,}, loss {loss.item():.4f}, "
                   f"{kept['seconds']:.0f} s", file=sys.stderr, flush=True)
-    return kept["seconds"]
+    return {name: kept[name] for name in ("seconds", "curve")}
 
 
 class Pictures:
@@ -224,8 +238,9 @@ class Pictures:
 
     def __init__(self, lab: "Lab"):
         n, m = lab.scale.pictures, lab.scale.held_out
-        self.scenes = ([one_object(i, "train") for i in range(n)]
-                       + [one_object(i, "held out") for i in range(m)])
+        made = ([one_object(i, "train") for i in range(n)]
+                + [one_object(i, "held out") for i in range(m)])
+        self.scenes = [scene for scene, _ in made]
         self.train, self.test = slice(0, n), slice(n, n + m)
         self.facts = torch.tensor([facts(scene) for scene in self.scenes])
         captions = []                                   # two complete ones, two loose ones
@@ -240,7 +255,7 @@ class Pictures:
         self.asked = number(asked)
         path = lab.path("world")
         if not path.exists():
-            pictures = np.stack([world.draw(scene) for scene in self.scenes])
+            pictures = np.stack([picture for _, picture in made])
             pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
             encoder = data.load_text_encoder(data.TINY_TEXT_ENCODER, 64, lab.device)
             c, mask = encoder(texts)
@@ -266,10 +281,37 @@ class Lab:
         self.encoder = encoder.to(self.device).requires_grad_(False)
         self.alpha_bar = dit.noise_schedule(T, *BETAS).to(self.device)
         self.pictures, self.models = Pictures(self), {}
+        self.encoders = {False: (self.encoder, self.pictures.f)}
 
     @torch.no_grad()
-    def features(self, x) -> torch.Tensor:
-        return torch.cat([self.encoder(part) for part in x.split(250)])
+    def features(self, x, encoder=None) -> torch.Tensor:
+        return torch.cat([(encoder or self.encoder)(part) for part in x.split(250)])
+
+    def frozen(self, blind: bool):
+        """The frozen encoder and its features of all pictures. The blind one has learned, as
+        DINOv2 does of jittered colours, that a scene in two shades is one thing (Eq. 2)."""
+        if blind not in self.encoders:
+            encoder, pictures = copy.deepcopy(self.encoder).requires_grad_(True), self.pictures
+            encoder.network.embeddings.mask_token.requires_grad_(False)
+            steps, batch, _ = self.scale.stage_1
+
+            def loss_of(step):
+                rows = self.rows(0, "lab blind", step, batch)
+                again = np.stack([draw(pictures.scenes[row], world.generator("lab again", step, row))
+                                  for row in rows.tolist()])
+                again = torch.from_numpy(again).permute(0, 3, 1, 2)
+                f, f_plus = (encoder(x).flatten(1) for x in (
+                    pictures.x(rows), data.to_float(again, self.device)))
+                facts = pictures.facts[rows]
+                same = (facts[:, None] == facts).all(-1).to(self.device)
+                return pretrain_tiny.contrastive_loss(f, f_plus, 0.1, same)
+
+            groups = [{"params": [p for p in encoder.parameters() if p.requires_grad]}]
+            fit(self.path("blind"), encoder, groups, steps, 3e-4, loss_of, self.device, say="blind")
+            encoder.requires_grad_(False)
+            f = self.features(pictures.x(slice(None)), encoder)
+            self.encoders[blind] = encoder, f
+        return self.encoders[blind]
 
     def path(self, what: str, *settings, end=".pt") -> Path:
         key = [VERSION, world.VERSION, asdict(self.scale),
@@ -296,9 +338,10 @@ class Lab:
         """Projector and semantic decoder on frozen features (svae.py's loss), into `model`."""
         steps, batch, peak = self.scale.stage_1
         parts = nn.ModuleList([model.projector, model.semantic_decoder])
+        _, frozen = self.frozen(space.blind)
 
         def loss_of(step):
-            f = self.pictures.f[self.rows(space.seed, "lab 1", step, batch)]
+            f = frozen[self.rows(space.seed, "lab 1", step, batch)]
             mu, log_var = model.projector(f)
             eps = self.randn(space.seed, "lab 1", step, "eps", mu.shape)
             z = psvae.reparameterize(mu, log_var, eps)
@@ -311,24 +354,28 @@ class Lab:
             loss_of, self.device, say=f"stage 1 for {space.kind} seed {space.seed}")
 
     def autoencoder(self, space: Space) -> Autoencoder:
-        """The trained encoder and decoders of a space, in eval mode; `.seconds` it took."""
+        """The trained encoder and decoders of a space, and how the PSNR of held-out pictures grew:
+        `.fit`."""
         if space in self.models:
             return self.models[space]
         steps, batch, peak = self.scale.stage_2
+        if space.kind == "vae":             # whose encoder begins from nothing
+            steps = steps * 5 // 2
         torch.manual_seed(space.seed)
-        pictures = self.pictures
-        train = pictures.f[pictures.train].double().flatten(0, 2)
-        model = Autoencoder(space, self.encoder, train.mean(0).float(), train.std(0).float(),
+        pictures, (encoder, frozen) = self.pictures, self.frozen(space.blind)
+        train = frozen[pictures.train].double().flatten(0, 2)
+        model = Autoencoder(space, encoder, train.mean(0).float(), train.std(0).float(),
                             self.scale.widths).to(self.device)
         path = self.path("stage2", space)
         if not path.exists() and hasattr(model, "projector"):
             self.stage_1(space, model)
         model.pixel_decoder.to(memory_format=torch.channels_last)
         beta = space.beta if model.trains else 0.0
+        self.models[space] = model      # what measures it on the way must not train it again
 
         def loss_of(step):
             rows = self.rows(space.seed, "lab 2", step, batch)
-            x, f = pictures.x(rows), pictures.f[rows]
+            x, f = pictures.x(rows), frozen[rows]
             mu, log_var = model.encode(x, f)
             eps = self.randn(space.seed, "lab 2", step, "eps", mu.shape)
             z = psvae.reparameterize(mu, log_var, eps)
@@ -339,16 +386,19 @@ class Lab:
                 loss = loss + psvae.semantic_loss(model.semantic_decoder(z), f)
             return loss
 
-        model.seconds = fit(path, model, model.trained(), steps, peak, loss_of, self.device,
-                            say=f"stage 2 {space.kind} seed {space.seed}")
-        self.models[space] = model.eval()
-        return model
+        model.fit = fit(path, model, model.trained(), steps, peak, loss_of, self.device,
+                        look=lambda: self.errors(space)[0], say=f"stage 2 {self.name(space)}")
+        return model.eval()
+
+    @staticmethod
+    def name(space: Space) -> str:
+        return f"{space.kind}, {space.z_dim} channels, beta {space.beta:g}, seed {space.seed}"
 
     @torch.no_grad()
     def posterior(self, space: Space, rows: slice):
         """mu, log_var (N, h, w, z_dim) of pictures."""
         model, pictures = self.autoencoder(space), self.pictures
-        x, f = pictures.x(rows), pictures.f[rows]
+        x, f = pictures.x(rows), self.frozen(space.blind)[1][rows]
         parts = [model.encode(*pair) for pair in zip(x.split(250), f.split(250))]
         return [torch.cat(part) for part in zip(*parts)]
 
@@ -359,10 +409,18 @@ class Lab:
         x = torch.cat([model.pixel_decoder(part) for part in z.split(125)]).clamp(-1, 1)
         return ((x + 1) * 127.5).round() / 127.5 - 1
 
+    @torch.no_grad()
+    def errors(self, space: Space) -> list[float]:
+        """PSNR of held-out pictures from mu: everywhere, near edges, elsewhere."""
+        x = self.pictures.x(self.pictures.test)
+        x_hat, edge = self.decode(space, self.posterior(space, self.pictures.test)[0]), near_edges(x)
+        return [psnr(x_hat, x, where).nanmean().item() for where in (None, edge, ~edge)]
+
     # --- Stage 3
 
     def dit(self, space: Space, predict: str):
-        """(model, mean, std, seconds) of a DiT on the latents of a space."""
+        """draw(count) -> latents for the first held-out prompts, by a DiT on the latents of a
+        space; and how the share of pictures grew that the judge finds right, as fit() has it."""
         steps, batch, peak = self.scale.stage_3
         pictures = self.pictures
         mu, log_var = self.posterior(space, slice(None))
@@ -387,39 +445,42 @@ class Lab:
             told = lambda z, t: model(z, t, c, mask)
             return objective_loss(predict, told, z_0, noise("eps"), g, self.alpha_bar)
 
-        seconds = fit(self.path("stage3", space, predict), model,
-                      [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
-                      decay=0.0, say=f"stage 3 {predict} {space.kind} seed {space.seed}")
-        return model.eval(), mean, std, seconds
+        @torch.no_grad()
+        def draw(count: int) -> torch.Tensor:
+            text = pictures.asked[pictures.test.start:pictures.test.start + count]
+            z_T = self.randn(space.seed, "lab 3", 0, "z_T", (count, GRID, GRID, len(mean)))
+            both = torch.cat([text, torch.zeros_like(text)])
+            c, mask = pictures.c[both].float(), pictures.mask[both]
+            steps, guidance, eta = self.scale.sampler
+            if predict == "flow":
+                return flow_sample(model, z_T, c, mask, steps, guidance) * std + mean
+            generators = [data.generator(space.seed, "lab 3", i, "ddim") for i in range(count)]
+            z_0 = ddim(model, z_T, c, mask, self.alpha_bar, sampling_times(T, steps), guidance,
+                       eta=eta, generators=generators,
+                       predict="eps" if predict == "eps" else "v")
+            return z_0 * std + mean
 
-    @torch.no_grad()
-    def generate(self, space: Space, predict: str, count=None):
-        """Latents for the first held-out prompts."""
-        model, mean, std, _ = self.dit(space, predict)
-        pictures, count = self.pictures, count or self.scale.prompts
-        text = pictures.asked[pictures.test.start:pictures.test.start + count]
-        z_T = self.randn(space.seed, "lab 3", 0, "z_T", (count, GRID, GRID, len(mean)))
-        both = torch.cat([text, torch.zeros_like(text)])
-        c, mask = pictures.c[both].float(), pictures.mask[both]
-        steps, guidance, eta = self.scale.sampler
-        if predict == "flow":
-            return flow_sample(model, z_T, c, mask, steps, guidance) * std + mean
-        generators = [data.generator(space.seed, "lab 3", i, "ddim") for i in range(count)]
-        z_0 = ddim(model, z_T, c, mask, self.alpha_bar, sampling_times(T, steps), guidance,
-                   eta=eta, generators=generators, predict=predict)
-        return z_0 * std + mean
+        def right() -> float:
+            return self.judged(space, draw(self.scale.prompts))[:, 0].mean().item()
+
+        found = fit(self.path("stage3", space, predict), model,
+                    [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
+                    decay=0.0, look=right, say=f"stage 3 {predict}, {self.name(space)}")
+        return draw, found
+
+    def judged(self, space: Space, z) -> np.ndarray:
+        """Of each picture, for the first held-out prompts: is it right, and can it be read."""
+        scenes = self.pictures.scenes[self.pictures.test]
+        return np.array([is_read_as(*pair)
+                         for pair in zip(data.to_uint8(self.decode(space, z)), scenes)])
 
     # --- Measures, each a plain dict and kept on disk
 
     def pixels(self, space: Space) -> dict:
         """What comes back from mu of held-out pictures."""
         def compute():
-            pictures, model = self.pictures, self.autoencoder(space)
-            x = pictures.x(pictures.test)
-            x_hat, edge = self.decode(space, self.posterior(space, pictures.test)[0]), near_edges(x)
-            part = lambda where: psnr(x_hat, x, where).nanmean().item()
-            return {"psnr": part(None), "edge": part(edge), "elsewhere": part(~edge),
-                    "seconds": model.seconds}
+            found = self.autoencoder(space).fit
+            return dict(zip(("psnr", "edge", "elsewhere"), self.errors(space))) | found
         return self.kept("pixels", compute, space)
 
     def meaning(self, space: Space) -> dict:
@@ -435,7 +496,8 @@ class Lab:
             model = self.autoencoder(space)
             if space.kind in ("svae", "psvae"):
                 with torch.no_grad():
-                    f, f_hat = pictures.f[test], model.semantic_decoder(mu[test])
+                    f = self.frozen(space.blind)[1][test]
+                    f_hat = model.semantic_decoder(mu[test])
                 result["features"] = (1 - (f_hat - f).square().sum()
                                       / (f - model.f_mean).square().sum()).item()
             if space.kind != "rae":                     # whose latents are points
@@ -455,7 +517,6 @@ class Lab:
         def compute():
             pictures, count = self.pictures, self.scale.prompts
             first = pictures.test.start
-            scenes = pictures.scenes[first:first + count]
             reference = pictures.f[pictures.train]
             spread = (reference - reference.mean(0)).flatten(1).norm(dim=1).mean()
             pooled = lambda f: f.mean((1, 2)).cpu().numpy()
@@ -464,31 +525,34 @@ class Lab:
             floor = away(pictures.f[first:first + count])
 
             def score(z):
-                x = self.decode(space, z)
-                f, shown = self.features(x), data.to_uint8(x)
-                read = np.array([is_read_as(*pair) for pair in zip(shown, scenes)])
+                f, read = self.features(self.decode(space, z)), self.judged(space, z)
                 return {"right": float(read[:, 0].mean()),
                         "unreadable": float(1 - read[:, 1].mean()),
                         "fd": frechet_distance(pooled(f), pooled(reference)),
                         "beside": (away(f) - floor).item(), "each": read[:, 0].tolist()}
 
-            *_, seconds = self.dit(space, predict)
+            draw, found = self.dit(space, predict)
             mu, _ = self.posterior(space, slice(first, first + count))
-            return {"seconds": seconds, "mu": score(mu), **score(self.generate(space, predict))}
+            return {**found, "mu": score(mu), **score(draw(count))}
         return self.kept("drawn", compute, space, predict)
 
 
 # --- The objectives of stage 3, and the paper's sampler -------------------------------------------
 
 def objective_loss(predict: str, model, z_0, eps, g, alpha_bar):
-    """The guide's loss with eps or v (Eq. 32), or that of the paper's rectified flow:
-    z_t = (1 - t) z_0 + t eps, t in 0 .. 1; the network, told T t, predicts eps - z_0."""
+    """The guide's loss with eps or v (Eq. 32); "middle": v with the tiny preset's t; "flow": the
+    paper's rectified flow, z_t = (1 - t) z_0 + t eps, t in 0 .. 1, where the network, told T t,
+    predicts eps - z_0."""
     if predict == "flow":
         t = torch.sigmoid(torch.randn(len(z_0), generator=g))
         t = shifted(t, z_0.shape[-1]).to(z_0.device)
         at = t.view(-1, 1, 1, 1)
         return F.mse_loss(model((1 - at) * z_0 + at * eps, T * t), eps - z_0)
-    t = torch.randint(1, T + 1, (len(z_0),), generator=g).to(z_0.device)
+    t = torch.randint(1, T + 1, (len(z_0),), generator=g)
+    if predict == "middle":
+        u = torch.sigmoid(0.2 + 0.8 * torch.randn(len(z_0), generator=g))
+        t = (1 + T * u).long().clamp(max=T)
+    t = t.to(z_0.device)
     target = eps if predict == "eps" else dit.v_of(z_0, t, eps, alpha_bar)
     # Eq. 32: L_DiT = E || eps - eps_theta(z_t, t, c) ||^2, z_t by Eq. 22
     return dit.dit_loss(target, model(dit.add_noise(z_0, t, eps, alpha_bar), t))

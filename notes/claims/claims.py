@@ -104,10 +104,10 @@ def drawn_table(found: dict[str, dict]) -> str:
         lines.append([name, column([run["mu"] for run in runs], "right"),
                       *on_the_way(runs, "{:.1f}", 100), column(runs, "right"),
                       column(runs, "unreadable"), column(runs, "fd", "{:.2f}", 1),
-                      column(runs, "beside", "{:.3f}", 1),
+                      column(runs, "beside", "{:.3f}", 1), column(runs, "off", "{:.3f}", 1),
                       column(runs, "seconds", "{:.1f}", 1 / 60)])
     return table(["right by the judge, %", "true ones", *QUARTERS, "all", "unreadable", "FD",
-                  "beside", "minutes"], lines)
+                  "beside", "off", "minutes"], lines)
 
 
 def paired(found: dict[str, dict]) -> str:

@@ -173,6 +173,12 @@ class Autoencoder(nn.Module):
                 return self.projector(f)
         return self.projector(self.encoder(x))
 
+    def to_features(self, z):
+        """The frozen features that latents stand for, or None: pixels alone do not keep them."""
+        if self.kind == "rae":
+            return z * self.f_std + self.f_mean
+        return self.semantic_decoder(z) if self.kind in ("svae", "psvae") else None
+
     def trained(self) -> list[dict]:
         """Parameters of stage 2 (those of an S-VAE stay as stage 1 left them)."""
         parts = [self.pixel_decoder] if self.kind in ("rae", "svae") else [self]
@@ -493,11 +499,10 @@ class Lab:
                                     for i, name in enumerate(FACTS)}
             result = pretrain_tiny.linear_read_out(flat[train], answers(train),
                                                    flat[test], answers(test))
-            model = self.autoencoder(space)
-            if space.kind in ("svae", "psvae"):
-                with torch.no_grad():
-                    f = self.frozen(space.blind)[1][test]
-                    f_hat = model.semantic_decoder(mu[test])
+            model, f = self.autoencoder(space), self.frozen(space.blind)[1][test]
+            with torch.no_grad():
+                f_hat = model.to_features(mu[test])
+            if f_hat is not None:
                 result["features"] = (1 - (f_hat - f).square().sum()
                                       / (f - model.f_mean).square().sum()).item()
             if space.kind != "rae":                     # whose latents are points
@@ -511,25 +516,32 @@ class Lab:
 
         right: the judge reads just what was asked for; unreadable: it reads nothing; fd: Fréchet
         distance between frozen features (mean over the cells) and those of training pictures;
-        beside: distance of its features to the nearest training picture's, less that of a true
-        held-out picture, as a share of the features' spread.
+        beside: distance of the picture's features to the nearest training picture's, less that of
+        true held-out pictures, as a share of the features' spread; off: the same of the features
+        that the latents stand for, before there is a picture.
         """
         def compute():
             pictures, count = self.pictures, self.scale.prompts
             first = pictures.test.start
-            reference = pictures.f[pictures.train]
-            spread = (reference - reference.mean(0)).flatten(1).norm(dim=1).mean()
+            frozen = self.frozen(space.blind)[1]
             pooled = lambda f: f.mean((1, 2)).cpu().numpy()
-            to_nearest = lambda f: torch.cdist(f.flatten(1), reference.flatten(1)).min(1).values
-            away = lambda f: to_nearest(f).mean() / spread
-            floor = away(pictures.f[first:first + count])
+
+            def away(f, of):
+                """Beyond what true pictures have, by features `of` all pictures."""
+                known = of[pictures.train].flatten(1)
+                spread = (known - known.mean(0)).norm(dim=1).mean()
+                near = lambda f: torch.cdist(f.flatten(1), known).min(1).values.mean()
+                return ((near(f) - near(of[first:first + count])) / spread).item()
 
             def score(z):
                 f, read = self.features(self.decode(space, z)), self.judged(space, z)
+                with torch.no_grad():
+                    own = self.autoencoder(space).to_features(z)
+                off = {} if own is None else {"off": away(own, frozen)}
                 return {"right": float(read[:, 0].mean()),
                         "unreadable": float(1 - read[:, 1].mean()),
-                        "fd": frechet_distance(pooled(f), pooled(reference)),
-                        "beside": (away(f) - floor).item(), "each": read[:, 0].tolist()}
+                        "fd": frechet_distance(pooled(f), pooled(pictures.f[pictures.train])),
+                        "beside": away(f, pictures.f), **off, "each": read[:, 0].tolist()}
 
             draw, found = self.dit(space, predict)
             mu, _ = self.posterior(space, slice(first, first + count))

@@ -84,6 +84,8 @@ def on_the_way(runs: list[dict], form: str, scale: float) -> list[str]:
 
 
 def space_tables(found: dict[str, dict]) -> list[str]:
+    if len({row["of"][0] for row in found.values()}) == 1:      # one space for all that is drawn
+        found = {"all": next(iter(found.values()))}
     pixels, meaning = [], []
     read = ("colour", "shape", "size", "features")
     for name, row in found.items():

@@ -99,17 +99,17 @@ def space_tables(found: dict[str, dict]) -> list[str]:
             table(["read from mu, %", *read, "nats a position", "sigma"], meaning)]
 
 
-def drawn_table(found: dict[str, dict]) -> str:
-    lines = []
+def drawn_tables(found: dict[str, dict]) -> list[str]:
+    right, beside = [], []
     for name, row in found.items():
         runs = row["drawn"]
-        lines.append([name, column([run["mu"] for run in runs], "right"),
+        right.append([name, column([run["mu"] for run in runs], "right"),
                       *on_the_way(runs, "{:.1f}", 100), column(runs, "right"),
-                      column(runs, "unreadable"), column(runs, "fd", "{:.2f}", 1),
-                      column(runs, "beside", "{:.3f}", 1), column(runs, "off", "{:.3f}", 1),
-                      column(runs, "seconds", "{:.1f}", 1 / 60)])
-    return table(["right by the judge, %", "true ones", *QUARTERS, "all", "unreadable", "FD",
-                  "beside", "off", "minutes"], lines)
+                      column(runs, "unreadable")])
+        beside.append([name, column(runs, "fd", "{:.2f}", 1), column(runs, "beside", "{:.3f}", 1),
+                       column(runs, "off", "{:.3f}", 1), column(runs, "seconds", "{:.1f}", 1 / 60)])
+    return [table(["right by the judge, %", "true ones", *QUARTERS, "all", "unreadable"], right),
+            table(["drawn", "FD", "beside", "off", "minutes"], beside)]
 
 
 def paired(found: dict[str, dict]) -> str:
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None):
     where = torch.cuda.get_device_name() if lab.device.type == "cuda" else "one CPU core"
     parts = [verdict(found), *space_tables(found)]
     if claim != "weak_pixels":
-        parts += [drawn_table(found), paired(found)]
+        parts += [*drawn_tables(found), paired(found)]
     parts.append(f"Seeds {', '.join(map(str, cfg.seeds))}; `--scale {cfg.scale}`: "
                  f"{lab.scale.pictures:,} pictures, {lab.scale.held_out} held out, "
                  f"{lab.scale.prompts} prompts; minutes are those of {where}, torch "

@@ -2667,6 +2667,18 @@ def test_the_judge_reads_every_shade_of_the_laboratorys_pictures():
         assert lab.is_read_as(picture, other) == (lab.facts(scene) == lab.facts(other), True)
 
 
+def test_a_space_of_the_laboratory_holds_the_features_of_its_own_frozen_encoder(laboratory):
+    quick = lab.Lab("quick", laboratory, "cpu")
+    kinds = [lab.Space("rae", z_dim=quick.encoder.dim, blind=blind) for blind in (False, True)]
+    for space in kinds:
+        mu, _ = quick.posterior(space, slice(None))
+        f = quick.features(quick.pictures.x(slice(None)), quick.frozen(space.blind)[0])
+        torch.testing.assert_close(quick.autoencoder(space).to_features(mu), f, atol=1e-4, rtol=1e-4)
+    tiny, blind = (quick.frozen(space.blind)[1] for space in kinds)
+    torch.testing.assert_close(tiny, quick.features(quick.pictures.x(slice(None))))
+    assert (blind - tiny).abs().max() > 1e-3
+
+
 def test_a_part_of_the_laboratory_that_was_stopped_has_the_weights_and_the_curve_of_one_that_was_not(
         tmp_path, monkeypatch):
     def train(path, stop=None):

@@ -27,7 +27,7 @@ from notes.claims.lab import SCALES, Lab, Space  # noqa: E402
 HERE = Path(__file__).resolve().parent
 DECODES, DRAWS = 30, 0.7        # dB, share of prompts: below, a claim is not tested
 QUARTERS = "¼ of the steps", "½", "¾"
-# Without the semantic loss 3e-3 leaves 5 nats and no picture; 1e-4 is the guide's own.
+# z_dim 0: as many as the features have. Without the semantic loss 3e-3 leaves 5 nats and no picture; 1e-4 is the guide's own.
 SPACES = {"Standard VAE": Space("vae", beta=1e-4), "RAE": Space("rae", z_dim=0),
           "S-VAE": Space("svae"), "P-VAE": Space("pvae", beta=1e-4), "PS-VAE": Space()}
 CLAIMS = {                      # {row: {variant: (latent space, what its DiT predicts)}}
@@ -133,8 +133,7 @@ def verdict(found: dict[str, dict]) -> str:
                  for row in found.values() if "drawn" in row), default=1)
     tested = decodes >= DECODES and draws >= DRAWS
     return (f"{'Measured' if tested else 'Not tested'} at this size: the best decoder gives "
-            f"{decodes:.1f} dB"
-            f" (wanted: {DECODES})"
+            f"{decodes:.1f} dB (wanted: {DECODES})"
             + (f", the best DiT draws {draws:.0%} of the prompts right ({DRAWS:.0%})" if draws < 1
                else "") + ".")
 

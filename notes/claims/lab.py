@@ -69,7 +69,7 @@ SCALES = {
 class Space:
     """A latent space: everything, beside the scale, that its training depends on."""
     kind: str = "psvae"         # vae, rae, svae, pvae or psvae
-    z_dim: int = 24             # channels; 0: as many as the features have (rae)
+    z_dim: int = 24             # channels (rae: those of the features)
     beta: float = 3e-3          # weight of Eq. 11, a sum over channels; for the mean: beta / z_dim
     seed: int = 0
     blind: bool = False         # its frozen encoder has learned that shades do not matter
@@ -308,8 +308,8 @@ class Lab:
                 again = torch.from_numpy(again).permute(0, 3, 1, 2)
                 f, f_plus = (encoder(x).flatten(1) for x in (
                     pictures.x(rows), data.to_float(again, self.device)))
-                facts = pictures.facts[rows]
-                same = (facts[:, None] == facts).all(-1).to(self.device)
+                known = pictures.facts[rows]
+                same = (known[:, None] == known).all(-1).to(self.device)
                 return pretrain_tiny.contrastive_loss(f, f_plus, 0.1, same)
 
             groups = [{"params": [p for p in encoder.parameters() if p.requires_grad]}]
@@ -425,7 +425,7 @@ class Lab:
     # --- Stage 3
 
     def dit(self, space: Space, predict: str):
-        """draw(count) -> latents for the first held-out prompts, by a DiT on the latents of a
+        """generate(count) -> latents for the first held-out prompts, by a DiT on the latents of a
         space; and how the share of pictures grew that the judge finds right, as fit() has it."""
         steps, batch, peak = self.scale.stage_3
         pictures = self.pictures
@@ -452,7 +452,7 @@ class Lab:
             return objective_loss(predict, told, z_0, noise("eps"), g, self.alpha_bar)
 
         @torch.no_grad()
-        def draw(count: int) -> torch.Tensor:
+        def generate(count: int) -> torch.Tensor:
             text = pictures.asked[pictures.test.start:pictures.test.start + count]
             z_T = self.randn(space.seed, "lab 3", 0, "z_T", (count, GRID, GRID, len(mean)))
             both = torch.cat([text, torch.zeros_like(text)])
@@ -467,18 +467,18 @@ class Lab:
             return z_0 * std + mean
 
         def right() -> float:
-            return self.judged(space, draw(self.scale.prompts))[:, 0].mean().item()
+            x = self.decode(space, generate(self.scale.prompts))
+            return self.judged(x)[:, 0].mean().item()
 
         found = fit(self.path("stage3", space, predict), model,
                     [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
                     decay=0.0, look=right, say=f"stage 3 {predict}, {self.name(space)}")
-        return draw, found
+        return generate, found
 
-    def judged(self, space: Space, z) -> np.ndarray:
-        """Of each picture, for the first held-out prompts: is it right, and can it be read."""
+    def judged(self, x) -> np.ndarray:
+        """Of pictures for the first held-out prompts: is each right, and can it be read."""
         scenes = self.pictures.scenes[self.pictures.test]
-        return np.array([is_read_as(*pair)
-                         for pair in zip(data.to_uint8(self.decode(space, z)), scenes)])
+        return np.array([is_read_as(*pair) for pair in zip(data.to_uint8(x), scenes)])
 
     # --- Measures, each a plain dict and kept on disk
 
@@ -534,7 +534,8 @@ class Lab:
                 return ((near(f) - near(of[first:first + count])) / spread).item()
 
             def score(z):
-                f, read = self.features(self.decode(space, z)), self.judged(space, z)
+                x = self.decode(space, z)
+                f, read = self.features(x), self.judged(x)
                 with torch.no_grad():
                     own = self.autoencoder(space).to_features(z)
                 off = {} if own is None else {"off": away(own, frozen)}
@@ -543,9 +544,9 @@ class Lab:
                         "fd": frechet_distance(pooled(f), pooled(pictures.f[pictures.train])),
                         "beside": away(f, pictures.f), **off, "each": read[:, 0].tolist()}
 
-            draw, found = self.dit(space, predict)
+            generate, found = self.dit(space, predict)
             mu, _ = self.posterior(space, slice(first, first + count))
-            return {**found, "mu": score(mu), **score(draw(count))}
+            return {**found, "mu": score(mu), **score(generate(count))}
         return self.kept("drawn", compute, space, predict)
 
 

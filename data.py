@@ -644,9 +644,9 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """sha256 over the beginning of every weight, in bf16: alike on every device, and quick."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
+        for value in self.network.state_dict().values():       # whatever their names: renamed()
             head = value.flatten()[:1024].bfloat16().view(torch.int16).cpu()
-            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(f"{tuple(value.shape)}".encode())
             digest.update(head.numpy().tobytes())
         return digest.hexdigest()
 
@@ -840,8 +840,7 @@ def load(path: Path, stage: str, before: str = "") -> dict:
 def load_weights(module: nn.Module, state: dict, path: Path):
     """Copies weights into the module's own storage: all of them, of the right shapes, finite."""
     with reading(path):
-        _compare(module, state, path)
-        module.load_state_dict(state)
+        module.load_state_dict(renamed(module, state, path))
         for name, value in module.state_dict().items():  # else NaN would spread silently
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
@@ -852,21 +851,29 @@ def rebuild(make, state: dict, path: Path) -> nn.Module:
     network: shapes are compared first where weights take no memory."""
     with reading(path):
         with torch.device("meta"):
-            _compare(make(), state, path)
+            renamed(make(), state, path)
         module = make()                                # now with memory
     load_weights(module, state, path)
     return module.eval().requires_grad_(False)
 
 
-def _compare(module: nn.Module, state: dict, path: Path):
+def renamed(module: nn.Module, state: dict, path: Path) -> dict:
+    """Weights of a checkpoint under the module's names. transformers renames parts of its networks
+    at times (Dinov2's attention between 5.17 and 5.24); their order and shapes stay. Raises
+    ValueError where more differs."""
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    others = [pair for pair in zip(own, state) if pair[0] != pair[1]]
+    if own.keys() != state.keys() and len(own) == len(state) and all(
+            "network." in name for pair in others for name in pair):
+        state = dict(zip(own, state.values()))
     there = {name: tuple(value.shape) for name, value in state.items()}
     wrong = sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name))
-    if wrong:                                          # transformers renames parts at times
+    if wrong:
         made = torch.load(path, weights_only=True, mmap=True)["versions"]["transformers"]
         raise ValueError(f"{len(wrong)} weights do not fit, the first {wrong[0]}: "
                          f"{there.get(wrong[0])} instead of {own.get(wrong[0])}; made with "
                          f"transformers {made}, here is {versions()['transformers']}")
+    return state
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
@@ -892,12 +899,12 @@ def check_encoder(found: str, checkpoint: dict, name: str):
 
 
 def fingerprint(*parts: nn.Module | dict, extra: dict | None = None) -> str:
-    """sha256 over names, types, shapes and bytes of all weights, and a description."""
+    """sha256 over types, shapes and bytes of all weights, and a description; not names: renamed."""
     digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True).encode())
     for part in parts:
-        for name, value in sorted((part if isinstance(part, dict) else part.state_dict()).items()):
+        for value in (part if isinstance(part, dict) else part.state_dict()).values():
             value = value.detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -1051,10 +1058,6 @@ class Run:
     def randn(self, step: int, what: str, *shape: int) -> torch.Tensor:
         """N(0, 1) for this rank's rows, drawn for the global batch."""
         return self._draw(step, what, torch.randn, (self.cfg.batch, *shape))
-
-    def rand(self, step: int, what: str, *shape: int) -> torch.Tensor:
-        """Uniform in [0, 1) for this rank's rows, drawn for the global batch."""
-        return self._draw(step, what, torch.rand, (self.cfg.batch, *shape))
 
     def randint(self, step: int, what: str, low: int, high: int) -> torch.Tensor:
         """Integers in low .. high - 1 for this rank's rows, drawn for the global batch."""

@@ -138,9 +138,9 @@ def add_noise(z_0, t: torch.Tensor, eps, alpha_bar: torch.Tensor) -> torch.Tenso
 
 
 def scales(alpha_bar: torch.Tensor, t: torch.Tensor, like: torch.Tensor):
-    """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t): each (B, 1, ...), in the type of `like`."""
+    """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t): each (B, 1, ...), type and device of `like`."""
     ab = alpha_bar[t].view(-1, *[1] * (like.dim() - 1))
-    return ab.sqrt().to(like.dtype), (1 - ab).sqrt().to(like.dtype)
+    return ab.sqrt().to(like), (1 - ab).sqrt().to(like)
 
 
 # --- Reverse Process (Denoising) ------------------------------------------------------------------

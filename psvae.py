@@ -54,8 +54,6 @@ class Config:
     lpips_weight: float = 0.1               # of the perceptual loss, the guide's lambda; 0: no VGG
     beta: float = 1e-4                      # weight of the KL term
     beta_warmup: float = 0.0                # share of the steps in which it grows from 0, linearly
-    permute_colours: float = 0.0            # share of pictures whose colour channels are permuted,
-    permute_steps: int = 0                  # in the first so many steps
     steps: int = 200_000                    # optimisation steps
     batch: int = 64                         # pictures a step, over all processes
     micro_batches: int = 1                  # gradient accumulation: parts of a process's batch
@@ -82,7 +80,7 @@ class Config:
 
     def __post_init__(self):
         data.check(self, image_size=(32, 4096), widths=(4, 65536), beta_warmup=(0, 1),
-                   permute_colours=(0, 1), clip=(1e-9, 1e9), count=(10, 1e8), max_broken=(0, 1))
+                   clip=(1e-9, 1e9), count=(10, 1e8), max_broken=(0, 1))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
                           latents=("both", "mu"))
         if self.image_size % 16:
@@ -97,10 +95,10 @@ PRESETS = {
     # DEVIATION (tiny): lambda is 0, for VGG is ten times this encoder, and blobs of one colour need
     # it least; beta is thirty times the guide's: a tiny DiT needs latents that easy to predict.
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
-                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, permute_colours=0.25,
-                 permute_steps=7000, steps=8000, batch=16, learning_rate=5e-4, encoder_lr_scale=1.0,
-                 warmup=50, precision="fp32", compile=False, workers=0, log_every=20,
-                 eval_every=400, save_every=400, latents="mu"),
+                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, steps=8000, batch=16,
+                 learning_rate=5e-4, encoder_lr_scale=1.0, warmup=50, precision="fp32",
+                 compile=False, workers=0, log_every=20, eval_every=400, save_every=400,
+                 latents="mu"),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")   # from svae.pt
 TERMS = ("loss", "semantic", "pixel", "perceptual", "kl")
@@ -375,16 +373,6 @@ def reconstruct(cfg: Config, folder: Path):
 
 # === Training Procedures. Stage 2: Train PS-VAE ===================================================
 
-def permute_colours(x: torch.Tensor, who: torch.Tensor, how: torch.Tensor,
-                    share: float) -> torch.Tensor:
-    """x (B, 3, H, W), a share of it with its channels in another order; who (B,), how (B, 3) are
-    uniform in [0, 1)."""
-    # DEVIATION (tiny): every shape is seen in every colour, and no caption is involved. Without it
-    # a third of the (colour, shape) pairs that the built-in world holds out are not reconstructed.
-    channels = torch.where((who < share)[:, None], how.argsort(1), torch.arange(3, device=x.device))
-    return x.gather(1, channels[:, :, None, None].expand_as(x))
-
-
 def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data.Run):
     """The folder, both encoders, LPIPS, the model and its optimizer, at the checkpoint's step."""
     folder, held_out = run.read_data(checkpoint)
@@ -457,9 +445,6 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
         # Crops and flips for folders; in the built-in world left means left
         for step, x in run.pictures(folder, cfg.image_size, augment=bool(cfg.data)):
             run.set_rate(optimizer, step)
-            if step < cfg.permute_steps:
-                who, how = run.rand(step, "who"), run.rand(step, "how", 3)
-                x = permute_colours(x, who, how, cfg.permute_colours)
             eps = run.randn(step, "eps", side, side, cfg.z_dim)             # (B, h, w, z_dim)
             # DEVIATION (tiny): beta grows from 0; at full weight from the first step the KL term
             # costs a dB all the way.

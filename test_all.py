@@ -1652,8 +1652,14 @@ def other_weights(name, key):
     return apply
 
 
-def as_transformers_4_calls_them(c):
-    c["model"] = {name.replace("q_proj", "query"): weight for name, weight in c["model"].items()}
+def as_transformers_5_17_calls_them(c):
+    for there, here in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        c["model"] = {name.replace(here, f"attention.{there}"): weight
+                      for name, weight in c["model"].items()}
+
+
+def as_another_network_would_be(c):
+    c["model"].popitem(), c["model"].pop("encoder.network.layernorm.bias")
     c["versions"]["transformers"] = "4.57.1"
 
 
@@ -1680,8 +1686,8 @@ REFUSED = {
     "a small file that declares a huge network": (
         MODEL, edited(lambda c: c["config"].update(width=60000, heads=2, depth=9), "dit.pt"),
         "sample", "do not fit"),
-    "a checkpoint of transformers 4": (
-        "psvae.pt", edited(as_transformers_4_calls_them, "psvae.pt"), "psvae --encode-only",
+    "a checkpoint of another network": (
+        "psvae.pt", edited(as_another_network_would_be, "psvae.pt"), "psvae --encode-only",
         "(?=.*made with transformers 4.57.1, here is ).*weights do not fit"),
     **{f"{name}: {content}": (TRAINED, put(f"latents/{name}", content), "dit --steps 9",
                               "(?=.*latents).*python psvae.py") for name, content in (
@@ -1779,6 +1785,15 @@ def test_the_fingerprint_is_that_of_the_weights_that_encode(trained):
     assert model.fingerprint() == print_
     model.projector.mu.bias[0] += 1e-3
     assert model.fingerprint() != print_
+
+
+def test_a_checkpoint_loads_under_the_names_that_another_transformers_gives(trained, tmp_path):
+    shutil.copy(trained / "psvae.pt", tmp_path / "psvae.pt")
+    edited(as_transformers_5_17_calls_them, "psvae.pt")(tmp_path, None)
+    names = state(tmp_path / "psvae.pt")["model"].keys() - state(trained / "psvae.pt")["model"].keys()
+    assert len(names) == 18                             # three layers, weight and bias
+    (model, _), (before, _) = (psvae.load_psvae(top / "psvae.pt") for top in (tmp_path, trained))
+    assert equal(model.state_dict(), before.state_dict()) and model.fingerprint() == before.fingerprint()
 
 
 # --- Runs: stop, go on, several processes, numbers going wrong ------------------------------------
@@ -1950,7 +1965,7 @@ def test_every_flag_of_every_program_is_explained_by_its_comment(name, capsys):
 def test_numbers_are_finite_and_not_negative_and_counts_at_least_1(name):
     Config = PROGRAMS[name].Config
     base = {"prompt": ("x",)} if name == "sample" else {}
-    may_be_0 = {"workers", "warmup", "seed", "permute_steps"}
+    may_be_0 = {"workers", "warmup", "seed"}
     for field in fields(Config):
         if field.type in (int, float):
             counts = field.type is int and field.name not in may_be_0
@@ -2165,8 +2180,7 @@ WIRED = {stage: f"--batch 16 --warmup 3 --workers 0 --device cpu --clip 0.05 {fl
          for stage, flags in {
              "svae": "--preset tiny --image-size 32 --z-dim 8 --count 120 --beta 0.01",
              "psvae": "--widths 8,8,8,8 --latents both --encoder-lr-scale 0.3 --alpha 0.7 "
-                      "--gamma 1.5 --beta 0.01 "
-                      "--beta-warmup 0.75 --permute-colours 0.5 --permute-steps 3",
+                      "--gamma 1.5 --beta 0.01 --beta-warmup 0.75",
              "dit": "--width 32 --depth 2 --heads 2 --max-tokens 24 -T 10 --beta-start 0.01 "
                     "--beta-end 0.6 --edit-fraction 0.5 --drop-text 0.5 --drop-both 0.5 "
                     "--ema 0.5"}.items()}
@@ -2267,11 +2281,7 @@ def test_eq_12_eq_13_eq_16_stage_2_trains_the_encoder_at_its_own_rate_against_th
     pictures = pictures_of(data.read_folder("", out=str(wired.after))[0])
 
     def loss(step):
-        who, how = (torch.rand(16, *shape, generator=data.generator(0, "psvae", step, what))
-                    for what, shape in (("who", ()), ("how", (3,))))
         x = pictures[data.order(0, "psvae", len(pictures), 16, step)]
-        x = torch.stack([picture[order] if step < 3 and share < 0.5 else picture
-                         for picture, share, order in zip(x, who, how.argsort(1))])
         with torch.no_grad():
             f_target = frozen(x)
         x_hat, f_hat, mu, log_var = model(x, noise("psvae", step, "eps"))
@@ -2368,7 +2378,7 @@ def test_a_folder_is_flipped_and_cropped_and_the_built_in_world_never(stage, giv
                         lambda encoder, x: seen.append(x) or tokens(encoder, x))
     monkeypatch.setattr(psvae, "write_latents", lambda cfg: None)
     argv = [*WIRED["svae"], "--encoder", encoders[0], "--steps", "1", "--out", str(tmp_path)]
-    argv += ["--permute-colours", "0", "--widths", "8,8,8,8"] if stage == "psvae" else []
+    argv += ["--widths", "8,8,8,8"] if stage == "psvae" else []
     assert PROGRAMS[stage].main([*argv, *([given, world] if given else [])]) == 0
     whole = {x.numpy().tobytes() for part in data.read_folder(world) for x in pictures_of(part)}
     batches = [[x.numpy().tobytes() in whole for x in batch] for batch in seen if len(batch) == 16]
@@ -2543,14 +2553,27 @@ def test_sample_py_as_typed_writes_its_picture_and_a_wrong_flag_ends_with_code_2
 
 # --- The built-in world and its judge -------------------------------------------------------------
 
-@pytest.mark.parametrize("split", ["train", "val", "heldout"])
-def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_are_in_one_split_alone(split):
+@pytest.mark.parametrize("split", ["train", "val", "heldout", toy.WORDLESS])
+def test_objects_stand_on_the_lattice_apart_and_held_out_pairs_only_where_they_may(split):
     for k in range(200):
         scene = toy.scene(k, split)
         assert 1 <= len(scene.objects) <= 4 and toy.legal(scene.objects)
         assert all(o.x % toy.LATTICE == 0 == o.y % toy.LATTICE for o in scene.objects)
         held_out = any((o.colour, o.shape) in toy.HELD_OUT for o in scene.objects)
-        assert held_out == (split == "heldout") and scene == toy.scene(k, split)
+        assert held_out == (split in ("heldout", toy.WORDLESS)) and scene == toy.scene(k, split)
+
+
+def test_no_word_of_training_is_about_a_held_out_pair(world):
+    """Scenes are written beside captions; where there are none, there is no text either."""
+    lines = (world / "train/metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    told = {row["file_name"] for row in rows if row["text"]}
+    wordless = {row["file_name"] for row in rows} - told
+    assert len(told) == 120 and len(wordless) == 24 and not any(row.get("source") in wordless for row in rows)
+    for row in rows:
+        if "scene" in row:
+            objects = [toy.Object(**o) for o in row["scene"]["objects"]]
+            assert row["file_name"] in told and not toy.holds_out(objects)
 
 
 @pytest.mark.parametrize("kind", editbench.KINDS)
@@ -2677,6 +2700,23 @@ def test_a_space_of_the_laboratory_holds_the_features_of_its_own_frozen_encoder(
     tiny, blind = (quick.frozen(space.blind)[1] for space in kinds)
     torch.testing.assert_close(tiny, quick.features(quick.pictures.x(slice(None))))
     assert (blind - tiny).abs().max() > 1e-3
+
+
+def test_off_and_beside_are_distances_to_the_nearest_training_features_beyond_those_of_true_pictures(
+        laboratory):
+    quick, space = lab.Lab("quick", laboratory, "cpu"), lab.Space()
+    found = quick.drawn(space, "v")["mu"]               # of true pictures' latents, known without drawing
+    first, count = quick.pictures.test.start, quick.scale.prompts
+    mu, _ = quick.posterior(space, slice(first, first + count))
+    with torch.no_grad():
+        own, seen = quick.autoencoder(space).to_features(mu), quick.features(quick.decode(space, mu))
+    flat = lambda f: f.flatten(1).double().numpy()
+    known, true = flat(quick.pictures.f[:first]), flat(quick.pictures.f[first:first + count])
+    near = lambda f: np.mean([min(np.linalg.norm(row - other) for other in known) for row in f])
+    spread = np.mean(np.linalg.norm(known - known.mean(0), axis=1))
+    for name, f in (("off", own), ("beside", seen)):
+        assert found[name] == pytest.approx((near(flat(f)) - near(true)) / spread, abs=1e-4)
+        assert found[name] > 0.01
 
 
 def test_a_part_of_the_laboratory_that_was_stopped_has_the_weights_and_the_curve_of_one_that_was_not(

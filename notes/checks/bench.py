@@ -175,7 +175,11 @@ def every_step(call):
         torch.optim.AdamW.step = step
 
 
-def stage(args, name: str, program, argv: list[str], device):
+class Measured(Exception):
+    """Enough steps were timed."""
+
+
+def stage(args, name: str, module, argv: list[str], device):
     """A stage, fresh, timed; one line, or that it does not fit."""
     quiet = [word for flag in ("log", "eval", "save") for word in (f"--{flag}-every", "1000000000")]
     argv = [*argv, "--fresh", "--out", str(args.out), "--workers", str(args.workers),
@@ -187,18 +191,21 @@ def stage(args, name: str, program, argv: list[str], device):
     def mark(step):
         if step >= args.warm and (step - args.warm) % args.window == 0:
             marks.append(now(device))
+        if step == total and module is dit:            # nobody needs the 15 GB of a DiT-XL
+            raise Measured
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    with every_step(mark):
-        code = program([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
+    code = 0
+    with every_step(mark), contextlib.suppress(Measured):
+        code = module.main([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
     if len(marks) <= args.runs:
         limit = f" in {args.memory_cap:g} GB" if args.memory_cap else ""
         return print(f"{name}, {args.preset}: does not run{limit} (exit code {code})", flush=True)
-    config = data.load(args.out / f"{name.split()[0]}.pt", name.split()[0])["config"]
+    batch = args.batch or module.PRESETS[args.preset].get("batch", module.Config.batch)
     rate = args.window / statistics.median(b - a for a, b in zip(marks, marks[1:]))
     memory = f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
-    print(f"{name}, {args.preset}, batch {config['batch']}: {rate:.4g} steps/s, "
-          f"{rate * config['batch']:.4g} pictures/s{memory}", flush=True)
+    print(f"{name}, {args.preset}, batch {batch}: {rate:.4g} steps/s, "
+          f"{rate * batch:.4g} pictures/s{memory}", flush=True)
 
 
 def stages(args, image_encoder: str, text_encoder: str, pictures: str, device):
@@ -210,12 +217,11 @@ def stages(args, image_encoder: str, text_encoder: str, pictures: str, device):
     if args.preset == "full":
         build_vgg(Path(args.work) / "torch")
     dit_argv = ["--text-encoder", text_encoder, *size, *recompute]
-    for name, program, argv in (("svae", svae.main, given),
-                                ("psvae", psvae.main, [*given, *recompute]),
-                                ("dit", dit.main, dit_argv)):
+    for name, module, argv in (("svae", svae, given), ("psvae", psvae, [*given, *recompute]),
+                               ("dit", dit, dit_argv)):
         if name in args.only:
             title = f"{name} {args.size}".strip() if name == "dit" else name
-            stage(args, title, program, argv, device)
+            stage(args, title, module, argv, device)
 
 
 def path(args, image_encoder: str, text_encoder: str, pictures: str, device):

@@ -110,10 +110,12 @@ class Pair(nn.Module):
 
 
 def objects_of(folder: data.Folder) -> list[list[world.Object]]:
-    """The objects of each picture of the built-in world, as its metadata tells them."""
+    """The objects of each picture of the built-in world, as its metadata tells them (of those
+    without words: none)."""
     with open(Path(folder.root) / "metadata.jsonl", encoding="utf-8") as lines:
-        scenes = {row["file_name"]: row["scene"] for row in map(json.loads, lines) if "scene" in row}
-    return [[world.Object(**o) for o in scenes[name]["objects"]] for name in folder.images]
+        scenes = {row["file_name"]: row["scene"]["objects"] for row in map(json.loads, lines)
+                  if "scene" in row}
+    return [[world.Object(**o) for o in scenes.get(name, [])] for name in folder.images]
 
 
 def linear_read_out(f, known: dict, f_test, asked: dict) -> dict[str, float]:
@@ -184,9 +186,10 @@ def untrained_encoders(top: Path):
 def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextEncoder]:
     """Both encoders from nothing, by Eq. 2 on the three pairs, and by reading."""
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
-    captions, edits = ([row for row in folder.rows if (row[2] >= 0) == edit] for edit in (False, True))
+    told = [row for row in folder.rows if row[1]]      # pictures without words teach it nothing
+    captions, edits = ([row for row in told if (row[2] >= 0) == edit] for edit in (False, True))
     objects = objects_of(folder)
-    tokenizer = build_tokenizer([row[1] for row in folder.rows[:30_000]], size=1024)
+    tokenizer = build_tokenizer([row[1] for row in told[:30_000]], size=1024)
     torch.manual_seed(0)
     image_network = Dinov2Model(Dinov2Config(hidden_size=args.width, num_hidden_layers=args.layers,
                                              num_attention_heads=4, image_size=56, patch_size=14))
@@ -197,7 +200,7 @@ def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextE
     encoder = data.TextEncoder(text_network, tokenizer, MAX_TOKENS)
     pair = Pair(data.ImageEncoder(image_network), text_network).to(device)
     text_network.requires_grad_(True)
-    reader = Reader([row[1] for row in folder.rows[:30_000]]).to(device)
+    reader = Reader([row[1] for row in told[:30_000]]).to(device)
     weights = [p for p in (*pair.parameters(), *reader.parameters())
                if p is not pair.log_tau and p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": weights, "scale": 1}, {"params": [pair.log_tau], "scale": 10}],
@@ -245,7 +248,7 @@ def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextE
                               read_out(pair.image_encoder, (pictures, objects),
                                        (held_pictures, objects_of(held_out))).items()), flush=True)
             print(reading(encoder, reader, unseen), flush=True)
-    learn_to_read(encoder, reader, [row[1] for row in folder.rows], unseen, args.read_steps)
+    learn_to_read(encoder, reader, [row[1] for row in told], unseen, args.read_steps)
     return pair.image_encoder, encoder
 
 

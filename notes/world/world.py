@@ -5,19 +5,21 @@ A picture of this world can be checked against its prompt by geometry instead of
 (judge.py does), needs no download, and is the same on every machine: everything is a function of
 (seed, split, index).
 
-    python notes/world/world.py                      draws out/world: 50,000 pictures, half a minute
+    python notes/world/world.py                      draws out/world: 60,000 pictures, two minutes
     python data.py --data out/world                  a contact sheet of it, to look at
 
 What is written is an ordinary folder of images with a metadata.jsonl, as data.py reads any other:
 
     train/metadata.jsonl   {"file_name", "text"[, "scene"]}           captions: four a picture
                            {"file_name", "text", "source", "kind"}    edits: source, text -> picture
+                           {"file_name", "text": ""}                  pictures without a word
     val/                   unseen pictures of the same world
-    heldout/               pictures that each hold a (colour, shape) pair which training never shows
+    heldout/               pictures that each hold a (colour, shape) pair which no caption of
+                           training names, and no edit shows: it is seen without words alone
     world.json             written last: version, count, size, seed
 
 Pictures come in blocks of five: three scenes, then two edits of these. So a small world is the
-beginning of a large one.
+beginning of a large one. For every five there is one without words, behind all the others.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-VERSION = 4   # goes up whenever the same index would draw or say something else
+VERSION = 5   # goes up whenever the same index would draw or say something else
 SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
@@ -61,12 +63,13 @@ MARGIN = 1.2             # least distance to the picture's border
 # (decisions.md).
 LATTICE = 16
 
-# One pair for every shape: each is still seen in seven colours, and each colour on five shapes or
-# all six.
+# One pair for every shape: words name it in seven colours, and each colour on five shapes or all
+# six. Autoencoders see pictures of these pairs, too, but nobody says what they are (decisions.md).
 HELD_OUT = frozenset({("purple", "circle"), ("orange", "square"), ("blue", "triangle"),
                       ("green", "diamond"), ("yellow", "cross"), ("red", "star")})
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 SPLITS = ("train", "val", "heldout")
+WORDLESS = "wordless"   # scenes like those of heldout, among the training pictures
 CAPTIONS = (True, True, False, False)   # of each picture: two complete, two that leave things out
 KINDS = ("add", "remove", "replace", "recolour", "resize/move", "background", "restyle")
 
@@ -105,7 +108,7 @@ def choose(rng, options, p=None):
 # Corners, degrees by which the first is turned from the top, radius of every second one.
 CORNERS = {"circle": (64, 0, 1.0), "square": (4, 45, 1.0), "diamond": (4, 0, 1.0),
            "triangle": (3, 0, 1.0), "star": (10, 0, 0.5)}
-ARM = 0.55   # half the width of a cross's arm, by its length: thinner outlines would close up
+ARM = 0.42   # half the width of a cross's arm, by its length: wider, and a soft cross is a circle
 
 
 def _normals(points):
@@ -235,18 +238,18 @@ def holds_out(objects):
 
 def pick_look(rng, split, colour=None, shape=None):
     """A (colour, shape) that the split allows, as far as it is not given;
-    for "heldout" every other is held out."""
+    for "heldout" and WORDLESS every other is held out."""
     pairs = [p for p in PAIRS if colour in (None, p[0]) and shape in (None, p[1])]
     seen, unseen = [p for p in pairs if p not in HELD_OUT], [p for p in pairs if p in HELD_OUT]
-    held_out = split == "heldout" and unseen and rng.random() < 0.5
+    held_out = split in ("heldout", WORDLESS) and unseen and rng.random() < 0.5
     return choose(rng, unseen if held_out else seen or pairs)
 
 
 @functools.lru_cache(maxsize=16)   # the edits of a block ask for its scenes again
 def scene(index, split="train", seed=SEED):
     """Scene number `index` of a split: one to four objects, with GenEval's tasks in mind."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
+    if split not in (*SPLITS, WORDLESS):
+        raise ValueError(f"split {split!r}: allowed are {', '.join(SPLITS)}, {WORDLESS}")
     rng = generator("scene", seed, split, index)
     count, alike = choose(rng, [(1, False), (2, False), (2, True), (3, True), (4, True), (3, False),
                                 (4, False)], p=[0.26, 0.34, 0.08, 0.10, 0.10, 0.08, 0.04])
@@ -263,7 +266,7 @@ def scene(index, split="train", seed=SEED):
             style = choose(rng, STYLES, p=(0.65, 0.35))
             objects.append(Object(shape, colour, first.size if first and same["size"] else size,
                                   first.style if first and same["style"] else style))
-        if holds_out(objects) == (split == "heldout"):
+        if holds_out(objects) == (split in ("heldout", WORDLESS)):
             placed = place(objects, rng)
             if placed:
                 return Scene(background, placed)
@@ -498,14 +501,19 @@ def edit(index, split="train", seed=SEED):
 # --- A folder of it -------------------------------------------------------------------------------
 
 def counts(count):
-    """Pictures per split: `count` for training, for each other 2 % of that, at most 1,000."""
+    """Pictures per split: `count` with words for training, a fifth as many without, and of each
+    other 2 %, at most 1,000."""
     few = min(1000, max(5, count // 50))
-    return {"train": count, "val": few, "heldout": few}
+    return {"train": count, WORDLESS: count // 5, "val": few, "heldout": few}
 
 
 def rows(split, start, stop, seed=SEED, edits=True):
     """For each picture of a split: its Scene and its rows of metadata."""
     for number in range(start, stop):
+        if split == WORDLESS:
+            name = f"{WORDLESS}{number:06d}.png"
+            yield scene(number, split, seed), [{"file_name": name, "text": ""}]
+            continue
         block, place_in_block = divmod(number, 5)
         name, extra = f"{number:06d}.png", []
         if edits and place_in_block >= 3:
@@ -525,10 +533,11 @@ def _write_part(folder, part, parts, count, size, seed, edits):
     """Draws one of `parts` equal shares of every split."""
     for split, total in counts(count).items():
         start, stop = total * part // parts, total * (part + 1) // parts
-        with open(folder / split / f"part{part:03d}.jsonl", "w", encoding="utf-8") as file:
+        to = folder / ("train" if split == WORDLESS else split)
+        with open(to / f"{split}{part:03d}.jsonl", "w", encoding="utf-8") as file:
             for content, described in rows(split, start, stop, seed, edits):
                 picture = Image.fromarray(draw(content, size))
-                picture.save(folder / split / described[0]["file_name"], compress_level=1)
+                picture.save(to / described[0]["file_name"], compress_level=1)
                 file.writelines(json.dumps(row) + "\n" for row in described)
 
 
@@ -568,7 +577,7 @@ def write(folder="out/world", count=50_000, edits=True, size=CANVAS, seed=SEED, 
             raise RuntimeError(f"drawing the world failed in part {', '.join(failed)} "
                                f"of {workers} (see above)")
     for split in SPLITS:
-        parts = sorted((partial / split).glob("part*.jsonl"))
+        parts = sorted((partial / split).glob("*.jsonl"))   # train000 … before wordless000 …
         rows_of_all = b"".join(part.read_bytes() for part in parts)
         (partial / split / "metadata.jsonl").write_bytes(rows_of_all)
         for part in parts:
@@ -586,7 +595,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/world", help="folder to write (out/world)")
-    parser.add_argument("--count", type=int, default=50_000, help="training pictures (50000)")
+    parser.add_argument("--count", type=int, default=50_000,
+                        help="training pictures that have words (50000)")
     parser.add_argument("--no-edits", action="store_true", help="captioned pictures only")
     parser.add_argument("--size", type=int, default=CANVAS, help="pixels along an edge (64)")
     parser.add_argument("--seed", type=int, default=SEED)

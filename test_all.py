@@ -571,6 +571,14 @@ def test_eq_21_alpha_bar_is_the_product_of_one_minus_beta(schedule):
             == (1e-4, 0.02, "scaled_linear"))
 
 
+def test_eq_22_scales_are_where_the_latents_are():
+    """sample.py keeps alpha_bar on the CPU; "meta" stands for a GPU, whose tensors do not mix with a CPU's."""
+    on_gpu = torch.empty(2, 4, 4, 3, device="meta", dtype=torch.float16)
+    t = torch.tensor([1])
+    assert dit.eps_from_v(on_gpu, on_gpu, t, ALPHA_BAR).device.type == "meta"
+    assert all(part.dtype == torch.float16 for part in dit.scales(ALPHA_BAR, t, on_gpu))
+
+
 def test_eq_22_z_t_in_closed_form_and_back():
     alpha_bar = dit.noise_schedule(1000, 1e-4, 0.02)
     z_0, eps, t = randn(3, 2, 2, 4), randn(3, 2, 2, 4, seed=1), torch.tensor([1, 500, 1000])

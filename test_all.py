@@ -1716,7 +1716,7 @@ REFUSED = {
         ("stage 3", TRAINED, "dit.pt", "text_encoder", "dit --steps 9"),
         ("sample.py", MODEL, "dit.pt", "text_encoder", "sample"))},
     "latents of other pictures": (TRAINED, meta(digest="f" * 64), "dit --steps 9",
-                                  "latents of other pictures or captions: 125 pictures, 125"),
+                                  "latents of other pictures or captions: 149 pictures, 149"),
     "latents of other statistics": (TRAINED, meta(variance=[9.0] * 8), "dit --steps 9",
                                     "latents of other channel statistics"),
     "latents of an older psvae.pt": ("psvae.pt latents", meta(fingerprint="f" * 64), "dit",
@@ -1854,7 +1854,7 @@ def test_latents_of_a_stopped_encoding_are_bit_equal_and_those_of_many_shards_ar
     encode, calls = psvae.PSVAE.encode, []
     monkeypatch.setattr(psvae.PSVAE, "encode", lambda model, x: calls.append(len(x)) or encode(model, x))
     assert psvae.main(["--out", str(stopped)]) == 0
-    assert calls == [16] * 4 + [13]                                     # 48 of 120 + 5 were done before
+    assert calls == [16] * 6 + [5]                                 # 48 of 144 + 5 were done before
     assert psvae.main(["--out", str(whole)]) == 0
     names = sorted(os.listdir(whole / "latents"))
     assert names[:8] == [f"{i:05d}.npy" for i in range(8)] and not (stopped / "latents.partial").exists()
@@ -2064,7 +2064,7 @@ def test_encode_only_writes_the_latents_again_also_without_variances(copy, train
     assert psvae.main(["--out", str(out), "--encode-only"]) == 0
     assert (out / "latents/00000.npy").read_bytes() == (trained / "latents/00000.npy").read_bytes()
     assert psvae.main(["--out", str(out), "--encode-only", "--latents", "mu"]) == 0
-    assert np.load(out / "latents/00000.npy").shape == (125, 1, 2, 2, 8)
+    assert np.load(out / "latents/00000.npy").shape == (149, 1, 2, 2, 8)
     assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
 
 
@@ -2395,7 +2395,7 @@ def test_a_folder_is_flipped_and_cropped_and_the_built_in_world_never(stage, giv
 
 def test_two_processes_take_the_steps_of_one(wired, encoders, tmp_path):
     """In every stage: each process has its half of a batch, and they average the gradients. Before that
-    they draw one world, of which one speaks; together they encode eight shards."""
+    they draw one world, of which one speaks; together they encode ten shards."""
     first = [*SVAE, "--encoder", encoders[0], "--count", "60", "--out", str(tmp_path / "new")]
     lines = [f"import sys; sys.path.insert(0, {str(HERE)!r})", "import torch, data, svae, psvae, dit",
              "torch.distributed.destroy_process_group = lambda: None     # one group for all",
@@ -2411,8 +2411,8 @@ def test_two_processes_take_the_steps_of_one(wired, encoders, tmp_path):
     process = torchrun(tmp_path / "run.py")
     said = process.communicate(timeout=500)[0]
     assert process.returncode == 0 and said.count("stage 1, tiny preset") == 2, said
-    assert len(data.read_folder("", out=str(tmp_path / "new"))[0].images) == 60
-    assert len(list((tmp_path / "psvae/latents").glob("0*.npy"))) == 8
+    assert len(data.read_folder("", out=str(tmp_path / "new"))[0].images) == 72
+    assert len(list((tmp_path / "psvae/latents").glob("0*.npy"))) == 10
     for stage in STEPS:
         one, two, before = (state(folder / f"{stage}.pt")
                             for folder in (wired.after, tmp_path / stage, wired.before))

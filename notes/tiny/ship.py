@@ -36,7 +36,7 @@ def main(argv=None):
         checkpoint = {name: value for name, value in trained.items()
                       if name not in ("model", "ema", "optimizer", "pending")}
         checkpoint |= {"model": {}, weights: half(trained[weights])}
-        checkpoint["config"] = checkpoint["config"] | {"out": "out"}
+        checkpoint["config"] = checkpoint["config"] | {"out": "out", "device": "auto"}
         with data.atomic(to / f"{stage}.pt") as partial:
             torch.save(checkpoint, partial)
         size = (to / f"{stage}.pt").stat().st_size

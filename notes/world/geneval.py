@@ -9,7 +9,7 @@ the judge.
 The proportions are GenEval's (Ghosh et al. 2023): 80 single object, 99 two objects, 80 counting, 94
 colours, 100 position, 100 attribute binding; as there, "overall" is the mean of the six tasks. A
 picture counts if the judge reads it and finds exactly what the prompt says: objects that nobody
-asked for are errors. Prompts that name a (colour, shape) pair which no word of training names are scored
+asked for are errors. Prompts that name a (colour, shape) pair which no caption names are scored
 apart, as held out. Intervals: bootstrap over prompts, 95 %. Writes out/geneval.json, and
 out/geneval.png: failures, with what the judge saw.
 """

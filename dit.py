@@ -59,7 +59,8 @@ class Config:
     edit_fraction: float = 0.3              # share of batches that are edits, where there are any
     predict: str = "eps"                    # what the network predicts: eps, as in Eq. 32, or v
     logit_mean: float = 0.0                 # of logit(t / T) in training, where logit_std is not 0
-    logit_std: float = 0.0                  # 0: t is uniform on 1 .. T; else logit-normal
+    logit_mean_edits: float = 0.0           # the same in batches of edits
+    logit_std: float = 0.0                  # of both; 0: t is uniform on 1 .. T
     whiten_text: bool = False               # text enters with mean 0, covariance I over all tokens
     steps: int = 400_000                    # optimisation steps
     batch: int = 256                        # latents a step, over all processes
@@ -84,7 +85,8 @@ class Config:
     def __post_init__(self):
         data.check(self, width=(2, 65536), beta_start=(1e-9, 0.999), beta_end=(1e-9, 0.999),
                    drop_text=(0, 1), drop_both=(0, 1), edit_fraction=(0, 1), ema=(0, 1),
-                   clip=(1e-9, 1e9), max_broken=(0, 1), logit_mean=(-10, 10), logit_std=(0, 10))
+                   clip=(1e-9, 1e9), max_broken=(0, 1), logit_mean=(-10, 10),
+                   logit_mean_edits=(-10, 10), logit_std=(0, 10))
         data.check_choice(self, precision=("bf16", "fp32"), device=("auto", "cpu", "cuda"),
                           schedule=("scaled_linear", "linear"), predict=("eps", "v"),
                           size=("", *SIZES))
@@ -99,7 +101,7 @@ PRESETS = {
     # needs no more packages; and texts end after --max-tokens, to bound their memory.
     "full": {},
     "tiny": dict(text_encoder=data.TINY_TEXT_ENCODER, max_tokens=64, width=128, depth=6, heads=4,
-                 steps=15000, edit_fraction=0.2, predict="v", logit_mean=0.2, logit_std=0.8,
+                 steps=15000, predict="v", logit_mean=0.2, logit_mean_edits=0.8, logit_std=0.8,
                  whiten_text=True, batch=64, learning_rate=2e-3, warmup=100, ema=0.999,
                  precision="fp32", compile=False, workers=0, log_every=20, eval_every=500,
                  save_every=500),
@@ -387,13 +389,15 @@ def eps_from_v(z_t, v, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor
     return noise * z_t + signal * v
 
 
-def sample_t(run: data.Run, step: int, cfg: Config) -> torch.Tensor:
+def sample_t(run: data.Run, step: int, cfg: Config, edit: bool) -> torch.Tensor:
     """t (B,) in 1 .. T: uniform, or with --logit-std more often from the middle."""
     if not cfg.logit_std:
         return run.randint(step, "t", 1, cfg.T + 1)
     # DEVIATION (--logit-std, tiny): the guide draws t uniformly, the paper as here. Pictures are
-    # decided at middle noise: drawn more often, they are as right after two thirds of the steps.
-    u = torch.sigmoid(cfg.logit_mean + cfg.logit_std * run.randn(step, "t"))
+    # decided at middle noise, and what an edit changes at high noise, where the source shows the
+    # rest: drawn more often, they are as right after two thirds of the steps.
+    mean = cfg.logit_mean_edits if edit else cfg.logit_mean
+    u = torch.sigmoid(mean + cfg.logit_std * run.randn(step, "t"))
     return (1 + cfg.T * u).long().clamp(max=cfg.T)
 
 
@@ -616,7 +620,7 @@ def train(cfg: Config, checkpoint: dict | None):
             z_0 = normalise(z_0, mean, variance)                            # (B, h, w, z_dim)
             source = source if source is None else normalise(source, mean, variance)
 
-            t = sample_t(run, step, cfg)                                    # 1 .. T
+            t = sample_t(run, step, cfg, edit=source is not None)           # 1 .. T
             eps = run.randn(step, "eps", *mu.shape[1:])
             z_t = add_noise(z_0, t, eps, alpha_bar)
             target = v_of(z_0, t, eps, alpha_bar) if cfg.predict == "v" else eps

@@ -801,13 +801,15 @@ def test_eq_32_t_is_uniform_on_1_to_T_or_logit_normal():
     g = torch.Generator().manual_seed(0)
     run = SimpleNamespace(randint=lambda step, what, *ends: torch.randint(*ends, (20_000,), generator=g),
                           randn=lambda step, what: torch.randn(20_000, generator=g))
-    even = np.bincount(dit.sample_t(run, 0, dit.Config(T=10)), minlength=11)
+    even = np.bincount(dit.sample_t(run, 0, dit.Config(T=10), edit=False), minlength=11)
     assert even[0] == 0 and len(even) == 11 and all(abs(even[1:] - 2000) < 200)
-    u = (dit.sample_t(run, 0, dit.Config(logit_mean=-0.3, logit_std=0.8)).double() - 0.5) / 1000
-    logit = (u / (1 - u)).log()
-    assert abs(logit.mean() + 0.3) < 0.02 and abs(logit.std() - 0.8) < 0.02
+    cfg = dit.Config(logit_mean=-0.3, logit_mean_edits=0.5, logit_std=0.8)
+    for edit, mean in ((False, -0.3), (True, 0.5)):
+        u = (dit.sample_t(run, 0, cfg, edit).double() - 0.5) / 1000
+        logit = (u / (1 - u)).log()
+        assert abs(logit.mean() - mean) < 0.02 and abs(logit.std() - 0.8) < 0.02
     run.randn = lambda step, what: torch.tensor([-99.0, 99.0])              # sigmoid is 0 and 1 there
-    assert dit.sample_t(run, 0, dit.Config(logit_std=1.0)).tolist() == [1, 1000]
+    assert dit.sample_t(run, 0, dit.Config(logit_std=1.0), edit=True).tolist() == [1, 1000]
 
 
 def test_edit_batches_are_evenly_spread_and_rows_are_each_seen_once_an_epoch():
@@ -1977,7 +1979,7 @@ def test_numbers_are_finite_and_not_negative_and_counts_at_least_1(name):
     for field in fields(Config):
         if field.type in (int, float):
             counts = field.type is int and field.name not in may_be_0
-            low = -11 if field.name == "logit_mean" else -1                 # the one that may be negative
+            low = -11 if field.name.startswith("logit_mean") else -1        # they may be negative
             for wrong in (low, math.nan, math.inf, 10**30, *[0] * counts):
                 with pytest.raises(data.UserError,
                                    match=re.escape(f"{data.flag(field.name)} {wrong}: allowed")):
@@ -2345,7 +2347,8 @@ def test_eq_20_eq_32_stage_3_gets_its_latents_texts_sources_and_times_and_averag
         z_0 = mu[image] + (log_var[image] / 2).exp() * noise("dit", step, "z_0")
         z_0 = (z_0 - mean) / variance.sqrt()
         u = torch.randn(16, generator=data.generator(0, "dit", step, "t"))
-        t = 1 + (10 / (1 + torch.exp(-(cfg["logit_mean"] + cfg["logit_std"] * u)))).int()
+        mean_t = cfg["logit_mean" if source is None else "logit_mean_edits"]
+        t = 1 + (10 / (1 + torch.exp(-(mean_t + cfg["logit_std"] * u)))).int()
         ab, eps = alpha_bar[t].view(16, 1, 1, 1), noise("dit", step, "eps")
         z_t = (ab.sqrt() * z_0 + (1 - ab).sqrt() * eps).float()
         v = ab.sqrt() * eps - (1 - ab).sqrt() * z_0                 # what the tiny one predicts
@@ -2600,6 +2603,8 @@ def test_an_edit_of_the_world_leaves_all_that_it_does_not_name(kind):
             changed = [{name for name in vars(o) if getattr(o, name) != getattr(p, name)}
                        for o, p in zip(before.objects, after.objects)]
             assert all(part <= names for part in changed) and any(changed) == (kind != "background")
+            if any(part & {"x", "y"} for part in changed):
+                assert re.search(r" to (the )?(left|right|top|bottom)( edge)?\.?$", text), text
 
 
 def test_the_judge_reads_true_pictures_and_refuses_spoiled_ones():

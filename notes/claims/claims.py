@@ -27,7 +27,8 @@ from notes.claims.lab import SCALES, Lab, Space  # noqa: E402
 HERE = Path(__file__).resolve().parent
 DECODES, DRAWS = 30, 0.7        # dB, share of prompts: below, a claim is not tested
 QUARTERS = "¼ of the steps", "½", "¾"
-# z_dim 0: as many as the features have. Without the semantic loss 3e-3 leaves 5 nats and no picture; 1e-4 is the guide's own.
+# z_dim 0: as many as the features have. Without the semantic loss 3e-3 leaves 5 nats and no
+# picture; 1e-4 is the guide's own.
 SPACES = {"Standard VAE": Space("vae", beta=1e-4), "RAE": Space("rae", z_dim=0),
           "S-VAE": Space("svae"), "P-VAE": Space("pvae", beta=1e-4), "PS-VAE": Space()}
 CLAIMS = {                      # {row: {variant: (latent space, what its DiT predicts)}}

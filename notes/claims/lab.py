@@ -303,8 +303,8 @@ class Lab:
 
             def loss_of(step):
                 rows = self.rows(0, "lab blind", step, batch)
-                again = np.stack([draw(pictures.scenes[row], world.generator("lab again", step, row))
-                                  for row in rows.tolist()])
+                again = np.stack([draw(pictures.scenes[i], world.generator("lab again", step, i))
+                                  for i in rows.tolist()])
                 again = torch.from_numpy(again).permute(0, 3, 1, 2)
                 f, f_plus = (encoder(x).flatten(1) for x in (
                     pictures.x(rows), data.to_float(again, self.device)))
@@ -419,7 +419,8 @@ class Lab:
     def errors(self, space: Space) -> list[float]:
         """PSNR of held-out pictures from mu: everywhere, near edges, elsewhere."""
         x = self.pictures.x(self.pictures.test)
-        x_hat, edge = self.decode(space, self.posterior(space, self.pictures.test)[0]), near_edges(x)
+        x_hat = self.decode(space, self.posterior(space, self.pictures.test)[0])
+        edge = near_edges(x)
         return [psnr(x_hat, x, where).nanmean().item() for where in (None, edge, ~edge)]
 
     # --- Stage 3

@@ -18,8 +18,9 @@ What is written is an ordinary folder of images with a metadata.jsonl, as data.p
                            training names, and no edit shows: it is seen without words alone
     world.json             written last: version, count, size, seed
 
-Pictures come in blocks of five: three scenes, then two edits of these. So a small world is the
-beginning of a large one. For every five there is one without words, behind all the others.
+Pictures come in blocks of five: two scenes, then three edits of these: what is to be done stands
+in the words alone, not in the source. So a small world is the beginning of a large one. For every
+five there is one without words, behind all the others.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-VERSION = 5   # goes up whenever the same index would draw or say something else
+VERSION = 6   # goes up whenever the same index would draw or say something else
 SEED = 0
 CANVAS = 64   # positions and sizes are in units of this canvas, whatever the size in pixels
 
@@ -349,7 +350,7 @@ def caption(scene, rng, complete=False):
     a picture is mostly chance to them, and the little that their words explain drowns (LOG.md).
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    told = LOOK[1:] if complete else pick_told(rng, colour=0.75, size=0.25, style=0.25)
+    told = LOOK[1:] if complete else pick_told(rng, colour=0.5, size=0.25, style=0.25)
     groups = alike(objects, told)
     shapes_differ = len({g[0].shape for g in groups}) == len(groups)
     places = rng.random() < (0.6 if complete else 0.1)
@@ -363,7 +364,7 @@ def caption(scene, rng, complete=False):
     text = listing(phrases)
     if len(objects) == len(groups) == 2 and not places:
         where = relation(*objects)
-        if where and (complete or rng.random() < 0.8):
+        if where and (complete or rng.random() < 0.5):
             text = f"{phrases[0]} {say(where, rng)} {phrases[1]}"
     if rng.random() < 0.15:
         text = choose(rng, FRAMES).format(text)
@@ -422,8 +423,8 @@ def _change(kind, before, split, rng):
         if already and kind != "replace":
             return None
         after = tuple(replace(o, **attributes) if i in chosen else o for i, o in enumerate(objects))
-        ask = choose(rng, ASK[ask])
-        return ask.format(the, *(say(n, rng) for n in names)), replace(before, objects=after)
+        words = names if ask == "move" else [say(n, rng) for n in names]   # "left": no relation
+        return choose(rng, ASK[ask]).format(the, *words), replace(before, objects=after)
 
     if kind == "background":
         colour = choose(rng, [b for b in BACKGROUNDS if b != before.background])
@@ -481,7 +482,7 @@ def triple(index, split="train", seed=SEED):
     """Edit number `index`, of the scenes of its own block:
     (source's index, source, instruction, target, kind)."""
     rng = generator("edit", seed, split, index)
-    sources = [(i, scene(i, split, seed)) for i in range(3 * (index // 2), 3 * (index // 2) + 3)]
+    sources = [(i, scene(i, split, seed)) for i in range(2 * (index // 3), 2 * (index // 3) + 2)]
     first = index % len(KINDS)   # kinds take turns; where no scene allows one, the next stands in
     for kind in KINDS[first:] + KINDS[:first]:
         for _ in range(30):
@@ -516,12 +517,12 @@ def rows(split, start, stop, seed=SEED, edits=True):
             continue
         block, place_in_block = divmod(number, 5)
         name, extra = f"{number:06d}.png", []
-        if edits and place_in_block >= 3:
-            source, _, text, content, kind = triple(2 * block + place_in_block - 3, split, seed)
-            source = f"{5 * (source // 3) + source % 3:06d}.png"
+        if edits and place_in_block >= 2:
+            source, _, text, content, kind = triple(3 * block + place_in_block - 2, split, seed)
+            source = f"{5 * (source // 2) + source % 2:06d}.png"
             extra = [{"text": text, "source": source, "kind": kind}]
         else:
-            content = scene(3 * block + place_in_block if edits else number, split, seed)
+            content = scene(2 * block + place_in_block if edits else number, split, seed)
         rng = generator("caption", seed, split, number)
         texts = dict.fromkeys(caption(content, rng, complete) for complete in CAPTIONS)
         captions = [{"text": text} for text in texts]

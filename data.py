@@ -50,7 +50,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-import filelock                                        # goes by itself when a process dies
+import filelock                                        # released when its process dies
 import numpy as np
 import torch
 import torch.nn as nn
@@ -98,7 +98,7 @@ COLUMNS = {                    # of a table, by what they mean; the first there 
 
 @dataclass
 class Folder:
-    """Pictures, and rows (image, text, source) that speak of them by their place in `images`.
+    """Pictures, and rows (image, text, source) that refer to them by index into `images`.
     source is -1 for a caption. For an edit it is the picture to be edited, `text` is the
     instruction and `image` the result."""
 
@@ -117,7 +117,7 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
                 count: int = 50_000) -> tuple[Folder, Folder]:
     """A folder's training and held-out pictures; README.md says which folders are understood. An
     empty name is the built-in world, drawn on first use with `count` pictures. What is not used is
-    said, and stands in the first's `skipped`. Raises UserError: no such folder, or (unless
+    said; unusable rows stand in the first's `skipped`. Raises UserError: no such folder, or (unless
     max_broken is None) no images in it, or more than max_broken of its rows unusable."""
     top = Path(name or f"{out}/world").expanduser()    # "~" is the home folder
     if not name:
@@ -135,7 +135,7 @@ def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
     if not sides[1:] and not train.images:             # a few pictures, all with that hash
         train, held_out = held_out, train
     if train.images and not held_out.images:
-        say(f"{top}: too few pictures to hold any out; what is called held out are training ones")
+        say(f"{top}: too few pictures to hold any out; training pictures stand in for them")
         held_out = train
     elif not sides[1:] and held_out.own < 8:           # they may all be broken: some to stand in
         held_out.images += train.images[:8]
@@ -157,7 +157,7 @@ def accept(name: str, train: Folder, held_out: Folder, max_broken: float):
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str, least: int = 1):
-    """Raises UserError when more than max_broken of `total` is broken; `least` stop nobody."""
+    """Raises UserError when more than max_broken of `total` is broken; `least` may pass."""
     if len(broken) > (max_broken and max(least, max_broken * total)):  # 0 means none at all
         raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken "
                         f"{max_broken} allows. The first: {printable('; '.join(broken[:3]))}. "
@@ -165,12 +165,12 @@ def tolerate(broken: list[str], total: int, max_broken: float, what: str, least:
 
 
 def digest(folder: Folder) -> str:
-    """sha256 over names and rows: the same where a folder moved, another for other contents."""
+    """sha256 over names and rows, not pixels: the same where a folder moved."""
     return digest_of([folder.images, folder.rows])     # no root: a folder may move
 
 
 def printable(text: str) -> str:
-    """A name or caption for the terminal: control characters and half ones as escapes."""
+    """A name or caption for the terminal: control characters and lone surrogates escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -182,7 +182,7 @@ def say(text: str):
 
 
 def unicode(text: str) -> str:
-    """Half characters ("\\ud800" in JSON, a file name that is no UTF-8) become "?"."""
+    """Lone surrogates ("\\ud800" in JSON, a file name that is not UTF-8) become "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -297,7 +297,7 @@ def _split(images: list[str]) -> tuple[str, ...]:
 
 
 def _open(path: Path):
-    """A text file in UTF-8, or in UTF-16 with its mark; other bytes become half characters."""
+    """A text file in UTF-8, or UTF-16 with a BOM; undecodable bytes become lone surrogates."""
     with open(path, "rb") as file:
         code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     return open(path, encoding=code, errors="surrogateescape", newline="")
@@ -306,8 +306,8 @@ def _open(path: Path):
 def _text(text) -> str:
     if not isinstance(text, str):
         raise ValueError(f"a text or path is missing, or {type(text).__name__}")
-    if re.search("[\0\udc80-\udcff]", text):           # cp1252, say, or UTF-16 without its mark
-        raise ValueError("neither UTF-8 nor UTF-16 with its mark")
+    if re.search("[\0\udc80-\udcff]", text):           # cp1252, say, or UTF-16 without a BOM
+        raise ValueError("neither UTF-8 nor UTF-16 with a byte order mark")
     return unicode(text.strip())
 
 
@@ -465,12 +465,12 @@ def open_image(path: str, draft: int = 0) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """A square of `size`: the centre, or with rng a random crop of half of it or more, flipped."""
+    """A square of `size`: the centre, or with rng a random crop, half the time flipped."""
     width, height = image.size
     if rng is None:
         side = min(width, height)
         box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    else:                                              # its sides are as 3 to 4 at the most
+    else:                                              # of half or more, 3:4 to 4:3, cut to fit
         area = width * height * rng.uniform(0.5, 1)
         ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
         w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
@@ -564,7 +564,7 @@ TINY_TEXT_ENCODER = "notes/tiny/text_encoder"
 
 class ImageEncoder(nn.Module):
     """A DINOv2, with or without registers: x (B, 3, H, W) in [-1, 1] -> f (B, h, w, d) in fp32. H =
-    W = 16 h: the picture is resized to 14 h, so that a patch of 14 px answers to a cell of 16 px. f
+    W = 16 h: the picture is resized to 14 h, so that a 14 px patch corresponds to a 16 px cell. f
     is last_hidden_state, after the final LayerNorm, without CLS and register tokens. Always in eval
     mode."""
 
@@ -584,7 +584,7 @@ class ImageEncoder(nn.Module):
         return self
 
     def recompute_activations(self):
-        """Trades a forward pass for memory going back; takes effect at the next train()."""
+        """Gradient checkpointing: one more forward saves memory; effective at the next train()."""
         getattr(self.network, "activation_checkpointing_enable",       # since transformers 5.23
                 self.network.gradient_checkpointing_enable)()
 
@@ -877,7 +877,7 @@ def renamed(module: nn.Module, state: dict, path: Path) -> dict:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
-    """Copies AdamW's moments into storage like the parameters': a fused step reads past others."""
+    """Copies AdamW's moments into the parameters' memory layout: a fused step misreads others."""
     with reading(path):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in state["state"].items():
@@ -1017,7 +1017,7 @@ class Run:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
         if cfg.batch % (self.world * self.parts):
-            raise UserError(f"--batch {cfg.batch} does not divide by {self.world} processes x "
+            raise UserError(f"--batch {cfg.batch} is not divisible by {self.world} processes x "
                             f"--micro-batches {self.parts}.")
         torch.set_float32_matmul_precision("high")     # TF32 where the card has it
         self.half = cfg.precision == "bf16"
@@ -1226,7 +1226,7 @@ class Run:
         if self.world > 1:
             torch.distributed.all_reduce(values)
             values /= self.world
-        values = values.cpu()                          # here, and only here, the device is awaited
+        values = values.cpu()                          # waits for the device; most steps do not
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             row, last = bad[0, 0].item(), self.out / f"{self.stage}.pt"
@@ -1292,13 +1292,13 @@ def torchrun() -> tuple[int, int, int]:
         return rank, world, local
     except (TypeError, ValueError):
         said = ", ".join(f"{name}={value}" for name, value in zip(names, given))
-        raise UserError(f"{said}: half of an environment of torchrun. Start with torchrun, or "
+        raise UserError(f"{said}: an incomplete torchrun environment. Start with torchrun, or "
                         f"unset these variables.")
 
 
 @contextlib.contextmanager
 def take_lock(out: Path, stage: str):
-    """Inside, no second run of a stage works in `out`; dying lets it go. Raises UserError."""
+    """Keeps other runs of a stage out of `out`; released if the process dies. Raises UserError."""
     lock = filelock.FileLock(out / f".{stage}.lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1318,7 +1318,7 @@ def take_lock(out: Path, stage: str):
 
 
 def progress(total: int, what: str, first: int = 0) -> tqdm:
-    """A progress bar; into a log file it writes a line in 30 seconds."""
+    """A progress bar; in a log file, a line every 30 seconds."""
     return tqdm(total=total, initial=first, desc=what, dynamic_ncols=True, smoothing=0.05,
                 mininterval=0.5 if sys.stderr.isatty() else 30, disable=torchrun()[0] > 0)
 
@@ -1438,8 +1438,8 @@ def _typed(f, value):
 
 
 def check(cfg, **ranges: tuple[float, float]):
-    """Raises UserError for a number that is not finite or negative, a whole one below 1 unless it
-    may be 0, or one outside its own (lowest, highest)."""
+    """Raises UserError for a number that is negative or not finite, an integer below 1 that may not
+    be 0, or a number outside its given range (lowest, highest)."""
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         for v in value if isinstance(value, tuple) else (value,):
@@ -1538,7 +1538,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in text:
-        return (f"the memory is full ({first}). A smaller --batch, more --micro-batches, "
+        return (f"out of memory ({first}). A smaller --batch, more --micro-batches, "
                 f"--checkpointing or a smaller model make it fit.")
     if isinstance(error, OSError):                     # a full disk, no permission, no disk
         return first
@@ -1656,7 +1656,7 @@ BLOCK = 4096                   # captions in a file of out/text/
 
 
 class Shards:
-    """00000.npy, 00001.npy … of a folder: each is opened when it is needed, by who needs it."""
+    """00000.npy, 00001.npy … of a folder, each opened on first use, in the process that uses it."""
 
     def __init__(self, folder: Path):
         self.folder, self.opened = folder, {}
@@ -1785,7 +1785,7 @@ class Texts:
 
     def whitening(self, most: int = 200_000) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (d_text,) of the tokens and the map (d_text, d_text) that gives them covariance I
-        (PCA), from `most` of them; directions that hardly vary are not blown up."""
+        (PCA), from `most` of them; directions of little variance are not amplified."""
         starts = np.concatenate([[0], np.cumsum([ends[-1] for ends in self.ends])])
         every = max(1, starts[-1] // most)             # of all blocks alike
         tokens = np.concatenate([self.blocks[n][-start % every::every]
@@ -1808,7 +1808,7 @@ def write_texts(final: Path, mark: dict, captions: list[str], encoder: TextEncod
                 continue
             lengths = encoder.lengths(block)
             cut += sum(n > encoder.max_tokens for n in lengths)
-            if number == 0:                            # of its length the others are, too
+            if number == 0:                            # the others are about as long
                 size = 2 * sum(min(n, encoder.max_tokens) for n in lengths) * encoder.dim
                 free_space(work, size * len(captions) // len(block),
                            f"embeddings of {len(captions):,} captions, about")

@@ -45,7 +45,7 @@ class Config:
     out: str = "out"                        # folder with latents/; checkpoint and log go there too
     preset: str = ""                        # full or tiny; default: that of the latents
     text_encoder: str = "google/flan-t5-xxl"  # a T5, hub name or folder
-    max_tokens: int = 120                   # longest text; what is longer is cut
+    max_tokens: int = 120                   # text length; longer texts are truncated
     size: str = ""                          # S, B, L or XL: sets width, depth and heads at once
     width: int = 768                        # D
     depth: int = 12                         # blocks
@@ -55,12 +55,12 @@ class Config:
     beta_start: float = 1e-4                # beta_1
     beta_end: float = 0.02                  # beta_T
     drop_text: float = 0.1                  # chance that a caption is replaced by "" (for guidance)
-    drop_both: float = 0.05                 # share of edit batches without source and text
+    drop_both: float = 0.05                 # share of edit batches with neither source nor text
     edit_fraction: float = 0.3              # share of batches that are edits, where there are any
     predict: str = "eps"                    # what the network predicts: eps, as in Eq. 32, or v
-    logit_mean: float = 0.0                 # of logit(t / T) in training, where logit_std is not 0
+    logit_mean: float = 0.0                 # mean of logit(t / T) in training, if logit_std > 0
     logit_mean_edits: float = 0.0           # the same in batches of edits
-    logit_std: float = 0.0                  # of both; 0: t is uniform on 1 .. T
+    logit_std: float = 0.0                  # standard deviation for both; 0: t is uniform on 1 .. T
     whiten_text: bool = False               # text enters with mean 0, covariance I over all tokens
     steps: int = 400_000                    # optimisation steps
     batch: int = 256                        # latents a step, over all processes
@@ -68,7 +68,7 @@ class Config:
     learning_rate: float = 1e-4             # peak, after warm-up; AdamW
     weight_decay: float = 0.0               # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
-    clip: float = 1.0                       # largest norm of the gradient
+    clip: float = 1.0                       # gradient clipping: maximum norm
     ema: float = 0.9999                     # decay of the averaged weights that sampling uses
     precision: str = "bf16"                 # bf16 (autocast; loss in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
@@ -91,7 +91,7 @@ class Config:
                           schedule=("scaled_linear", "linear"), predict=("eps", "v"),
                           size=("", *SIZES))
         if self.width % self.heads:
-            raise data.UserError(f"--width {self.width} does not divide by --heads {self.heads}.")
+            raise data.UserError(f"--width {self.width} is not divisible by --heads {self.heads}.")
 
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12),        # width, depth, heads
@@ -153,7 +153,7 @@ def predict_z_0(z_t, t: torch.Tensor, eps, alpha_bar: torch.Tensor) -> torch.Ten
     sample.py takes the step from z_t towards it; with all T steps and eta = 1 that is Eq. 23.
     """
     signal, noise = scales(alpha_bar, t, z_t)
-    # Eq. 23: p(z_{t-1} | z_t) = N( z_{t-1}; mu_theta(z_t, t), sigma_t^2 I ), mu_theta on the way to
+    # Eq. 23: p(z_{t-1} | z_t) = N( z_{t-1}; mu_theta(z_t, t), sigma_t^2 I ), mu_theta from z_0:
     return (z_t - noise * eps) / signal
 
 
@@ -166,9 +166,9 @@ def patch_embedding(z, linear: nn.Linear, position: torch.Tensor) -> torch.Tenso
 
 
 def sine_cosine(grid: int, width: int) -> torch.Tensor:
-    """Where the learnable PE starts: (1, grid * grid, width), half of it for row, half for column.
+    """Initial value of the learnable PE: (1, grid * grid, width), half for rows, half for columns.
 
-    Small noise, the usual start, drowns in Linear(z_t): places are then read several times later.
+    Small noise, the usual init, drowns in Linear(z_t): positions are learned several times slower.
     """
     half = width // 2
     angle = timestep_embedding(torch.arange(grid) * 1000 / grid, half)      # (grid, width / 2)
@@ -318,7 +318,7 @@ class DiT(nn.Module):
         self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # marks source tokens
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         # DEVIATION: one Linear(d_text, D) before every block's W_K and W_V: the guide's d_text is
-        # 4096 for T5-XXL, and a W_K and W_V of that width in each block would outweigh the rest.
+        # 4096 for T5-XXL; W_K and W_V of that width would add a third (XL) or more to each block.
         self.text = nn.Linear(d_text, width)
         if whiten_text:                                                     # set once, then fixed
             self.register_buffer("text_shift", torch.zeros(d_text))
@@ -340,8 +340,8 @@ class DiT(nn.Module):
     def keys_values(self, c: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """All that depends on the text alone: (K, V) for each block."""
         if self.whiten_text:
-            # DEVIATION (--whiten-text, tiny): T5's tokens enter with covariance I. What tells
-            # shapes apart in them is a tenth of what tells colours apart; whitened, both are read.
+            # DEVIATION (--whiten-text, tiny): T5's token embeddings are whitened. In them, shapes
+            # differ a tenth as much as colours do; after whitening, the DiT learns to read both.
             c = (c - self.text_shift) @ self.text_map
         c = self.text(c)                                                    # (B, L, D)
         return [block.cross.keys_values(c) for block in self.blocks]
@@ -393,9 +393,9 @@ def sample_t(run: data.Run, step: int, cfg: Config, edit: bool) -> torch.Tensor:
     """t (B,) in 1 .. T: uniform, or with --logit-std more often from the middle."""
     if not cfg.logit_std:
         return run.randint(step, "t", 1, cfg.T + 1)
-    # DEVIATION (--logit-std, tiny): the guide draws t uniformly, the paper as here. Pictures are
-    # decided at middle noise, and what an edit changes at high noise, where the source shows the
-    # rest: drawn more often, they are as right after two thirds of the steps.
+    # DEVIATION (--logit-std, tiny): the guide's t is uniform, the paper's logit-normal, as here.
+    # Middle t decide what a picture shows, high t what an edit changes (the source shows the
+    # rest). Drawn more often, these t give the same accuracy after two thirds of the steps.
     mean = cfg.logit_mean_edits if edit else cfg.logit_mean
     u = torch.sigmoid(mean + cfg.logit_std * run.randn(step, "t"))
     return (1 + cfg.T * u).long().clamp(max=cfg.T)
@@ -469,7 +469,7 @@ def keys_of_step(step: int, cfg: Config, captions: list[int],
                  edits: list[int]) -> list[tuple[int, bool, bool]]:
     """The global batch of a step as keys of data.Latents: (row, drop_text, drop_source).
 
-    The source is never dropped alone: that would teach to draw a picture from "make it green".
+    Never the source alone: that would teach the model to draw a picture from "make it green".
     """
     share = (cfg.edit_fraction if captions else 1.0) if edits else 0.0
     edits_before = math.floor(step * share)            # batches of edits are spread evenly
@@ -502,7 +502,7 @@ def embed_captions(cfg: Config, run: data.Run, captions: list[str]) -> data.Text
 
 
 def words_of(texts: list[str], most: int = 10_000) -> list[str]:
-    """The most frequent words of the captions: sample.py names what a prompt has besides."""
+    """The most frequent words of the captions: sample.py points out any others in a prompt."""
     words = (word for text in texts for word in re.findall(r"\w+", text.lower()))
     counts = collections.Counter(words)
     return [word for word, _ in counts.most_common(most)]
@@ -571,7 +571,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     if checkpoint:
         with data.reading(path):
             if checkpoint["text_fingerprint"] != texts.fingerprint:
-                raise data.UserError(f"{path} was trained with another text encoder than "
+                raise data.UserError(f"{path} was trained with a different text encoder than "
                                      f"{cfg.text_encoder} is now. Start over with --fresh.")
             data.load_weights(model, checkpoint["ema"], path)
             ema = copy_of(model)
@@ -588,7 +588,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
         if training or own:
             held_out[prefix] = held_out_batch(run, latents, own or training, mean, variance)
         if training and not own:
-            run.say(f"none held out: the columns held_out_{prefix}q1 to q4 are of training ones")
+            run.say(f"no held-out rows: held_out_{prefix}q1 to q4 are measured on training rows")
 
     def look(picture: Path | None) -> dict[str, float]:
         with averaged(model, ema):
@@ -635,8 +635,8 @@ def train(cfg: Config, checkpoint: dict | None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # DEVIATION: sampling uses an average of the weights over the last 1 / (1 - ema) steps
-            # (fewer at first), which the guide does not have; pictures are cleaner for it.
+            # DEVIATION: sampling uses an exponential moving average of the weights, over about the
+            # last 1 / (1 - ema) steps (fewer at first). The guide has none; pictures get cleaner.
             decay = min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
             run.after_step(step, grad_norm)             # log, preview, save, stop

@@ -2,8 +2,8 @@
 
 Frozen features have thrown away what a picture looks like up close (the guide's Problem 2). So the
 encoder is trained too: a pixel decoder draws the picture from z, while the semantic decoder must
-still return what a frozen copy of the encoder says. At the end every picture is encoded once, for
-stage 3.
+still reproduce the features of a frozen copy of the encoder. At the end every picture is encoded
+once, for stage 3.
 
 Eq. 12 to 19, as numbered in notes/equations.md; "the guide" is docs/architecture.md of the public
 repository Gaurav14cs17/PS-VAE.
@@ -46,7 +46,7 @@ class Config:
     out: str = "out"                        # folder for checkpoint, log, picture and latents
     preset: str = ""                        # full or tiny; default: that of svae.pt
     encoder: str = "facebook/dinov2-large"  # a DINOv2, hub name or folder
-    image_size: int = 256                   # pixels a side; a latent has a sixteenth as many cells
+    image_size: int = 256                   # pixels per side; the latent grid has a sixteenth
     z_dim: int = 96                         # latent channels
     widths: tuple[int, ...] = (512, 512, 256, 128)  # channels of the pixel decoder's four levels
     alpha: float = 1.0                      # weight of the semantic loss, Eq. 15
@@ -61,7 +61,7 @@ class Config:
     encoder_lr_scale: float = 0.1           # the encoder's share of it
     weight_decay: float = 0.01              # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
-    clip: float = 1.0                       # largest norm of the gradient
+    clip: float = 1.0                       # gradient clipping: maximum norm
     precision: str = "bf16"                 # bf16 (autocast; losses in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
     checkpointing: bool = False             # recompute activations: less memory, a third slower
@@ -92,8 +92,8 @@ class Config:
 
 PRESETS = {
     "full": {},
-    # DEVIATION (tiny): lambda is 0, for VGG is ten times this encoder, and blobs of one colour need
-    # it least; beta is thirty times the guide's: a tiny DiT needs latents that easy to predict.
+    # DEVIATION (tiny): lambda is 0: VGG is ten times the size of this encoder, and flat shapes need
+    # it least. beta is thirty times the guide's, to make latents easy enough for a tiny DiT.
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
                  lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, steps=8000, batch=16,
                  learning_rate=5e-4, encoder_lr_scale=1.0, warmup=50, precision="fp32",
@@ -241,7 +241,7 @@ class ConvBlock(nn.Module):
         self.body = nn.Sequential(group_norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1),
                                   group_norm(c), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1))
         # DEVIATION: the last convolution starts at zero, so that a fresh block is the identity; the
-        # guide leaves the start open. Training begins quicker.
+        # guide does not say how to initialise it. Training starts faster.
         nn.init.zeros_(self.body[-1].weight)
         nn.init.zeros_(self.body[-1].bias)
 
@@ -275,7 +275,7 @@ def psvae_loss(x_hat, x, f_hat, f_target, mu, log_var, cfg: Config, lpips=None,
 
 
 def semantic_loss(f_hat: torch.Tensor, f_target: torch.Tensor) -> torch.Tensor:
-    """Both (B, h, w, d). A target from the encoder in training could be met by meaning nothing."""
+    """Both (B, h, w, d). With the trained encoder as target, both could collapse to a constant."""
     # Eq. 16: L_semantic = MSE( D_sem(z), E_frozen(x) )
     return F.mse_loss(f_hat.to(f_target.dtype), f_target)
 
@@ -393,7 +393,7 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
 
     encoder = [p for p in model.encoder.parameters() if p.requires_grad]    # not the mask token
     others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-    # DEVIATION: the encoder learns at a fraction of the rate (measured): the first gradients of a
+    # DEVIATION: the full preset's encoder learns at a tenth of the rate: the first gradients of a
     # fresh pixel decoder would destroy its features. For the rest of the optimizer see svae.py.
     optimizer = torch.optim.AdamW([{"params": others, "scale": 1.0},
                                    {"params": encoder, "scale": cfg.encoder_lr_scale}],
@@ -447,7 +447,7 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
             run.set_rate(optimizer, step)
             eps = run.randn(step, "eps", side, side, cfg.z_dim)             # (B, h, w, z_dim)
             # DEVIATION (tiny): beta grows from 0; at full weight from the first step the KL term
-            # costs a dB all the way.
+            # costs 1 dB of PSNR throughout.
             warm = min(1.0, (step + 1) / (cfg.beta_warmup * cfg.steps)) if cfg.beta_warmup else 1.0
 
             for x_part, eps_part in run.micro_batches(psvae, x, eps):
@@ -491,7 +491,7 @@ def write_latents(cfg: Config):
 
     Shards of mu and log_var (see data.Latents); rows.jsonl has {"image", "text"[, "source"]
     [, "held_out"]} for each caption or edit; meta.json the statistics of every channel and the
-    fingerprint of the model. Centre crops, no flip. Killed, it resumes at the next shard.
+    fingerprint of the model. Centre crops, no flip. If killed, it resumes at the next shard.
     """
     out, work = Path(cfg.out), Path(cfg.out) / "latents.partial"
     with data.Run(cfg, "latents") as run:
@@ -521,7 +521,7 @@ def write_latents(cfg: Config):
 
 
 def encode_shards(cfg: Config, run: data.Run, model: PSVAE, work: Path):
-    """This rank's shards; one that is there is done. Of a broken picture all values are NaN."""
+    """Encodes this rank's shards, skipping finished ones. A broken picture's values are all NaN."""
     count, chunk = len(run.folder.images), max(cfg.batch, 64)
     mine = [first for first in range(run.rank * data.SHARD, count, run.world * data.SHARD)
             if not data.shard_path(work, first // data.SHARD).exists()]

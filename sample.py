@@ -115,7 +115,7 @@ def ddim_step(z_t, eps, ab_t: float, ab_prev: float, eta: float, noise):
     """From t to the next time of the list, however far; ab is alpha_bar there, noise ~ N(0, I).
 
     eta = 0 is deterministic; with eta = 1 and all T steps sigma_t is that of the DDPM posterior
-    (Eq. 23). It is capped where all noise is fresh, beyond which Eq. 34 has no real root.
+    (Eq. 23). It is capped where all noise is fresh: beyond, the square root in Eq. 34 is imaginary.
     Returns (z_prev, predicted z_0).
     """
     sigma_t = eta * ((1 - ab_prev) / (1 - ab_t)) ** 0.5 * (1 - ab_t / ab_prev) ** 0.5
@@ -141,7 +141,7 @@ def ddim(dit: DiT, z_T, c, mask, alpha_bar, times, s, s_image=1.0, eta=0.0, sour
     """The sampling loop: z_T (B, h, w, z_dim), c (2B, L, d_text), mask (2B, L): texts, then null
     texts -> z_0.
 
-    One generator a picture draws its noise (eta > 0): a picture does not depend on its neighbours.
+    Each picture has its own noise generator (eta > 0): it does not depend on the rest of the batch.
     `film`, a list, receives (t, predicted z_0) of each step.
     """
     keys_values = dit.keys_values(c)                                        # once for all steps
@@ -174,7 +174,7 @@ class Pipeline:
         self.folder, self.device = Path(folder), torch.device(device)
         path, again = self.folder / "dit.pt", f"{data.command('dit.py', out=folder)} --fresh"
         if not self.folder.is_dir():
-            raise data.UserError(f"{folder}: no such folder. Needed is one that has dit.pt.")
+            raise data.UserError(f"{folder}: no such folder. A folder with dit.pt is needed.")
         self.pixel_decoder, psvae = load_psvae(self.folder / "psvae.pt", self.device,
                                                draws_only=True)
         self.dit, checkpoint = load_dit(path, self.device)
@@ -195,7 +195,7 @@ class Pipeline:
             data.say(f"{path} names the text encoder {name}")
         self.text_encoder = data.load_text_encoder(name, self.config["max_tokens"], self.device)
         if self.text_encoder.fingerprint() != text_fingerprint:
-            raise data.UserError(f"{path} was trained with another text encoder than {name} is "
+            raise data.UserError(f"{path} was trained with a different text encoder than {name} is "
                                  f"now. Train it again: {again}")
         self.half = (self.device.type == "cuda" and self.config["precision"] == "bf16"
                      and data.has_bf16(self.device))
@@ -257,7 +257,7 @@ class Pipeline:
         for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if self.vocabulary else ():
             if word not in self.vocabulary:
                 near = difflib.get_close_matches(word, self.vocabulary, 1, cutoff=0.5)
-                yield (f"{word!r} stands in none of the captions that the model learned from"
+                yield (f"{word!r} occurs in none of the captions that the model learned from"
                        + (f"; the nearest word is {near[0]!r}" if near else ""))
 
 

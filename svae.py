@@ -37,7 +37,7 @@ class Config:
     out: str = "out"                        # folder for checkpoint, log and picture
     preset: str = ""                        # full or tiny; default: full with --data, tiny without
     encoder: str = "facebook/dinov2-large"  # a DINOv2, hub name or folder
-    image_size: int = 256                   # pixels a side; a latent has a sixteenth as many cells
+    image_size: int = 256                   # pixels per side; the latent grid has a sixteenth
     z_dim: int = 96                         # latent channels
     beta: float = 1e-4                      # weight of the KL term, Eq. 8
     steps: int = 50_000                     # optimisation steps
@@ -45,7 +45,7 @@ class Config:
     learning_rate: float = 3e-4             # peak, after warm-up; AdamW
     weight_decay: float = 0.01              # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
-    clip: float = 1.0                       # largest norm of the gradient
+    clip: float = 1.0                       # gradient clipping: maximum norm
     precision: str = "bf16"                 # bf16 (autocast; losses in fp32) or fp32 (TF32 on CUDA)
     compile: bool = True                    # torch.compile, on CUDA
     device: str = "auto"                    # auto, cpu or cuda
@@ -194,8 +194,8 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     encoder_fingerprint = data.fingerprint(encoder)
     torch.manual_seed(cfg.seed)
     model = SVAE(encoder.dim, cfg.z_dim).to(run.device)
-    # DEVIATION: the guide names no optimizer. AdamW, short-sighted in its second moment (0.99), a
-    # warm-up and a cosine for its rate, clipped gradients: the usual, so that no run diverges.
+    # DEVIATION: the guide names no optimizer. The usual, so that no run diverges: AdamW with a
+    # short second-moment average (beta_2 = 0.99), warm-up and cosine decay, gradient clipping.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99),
                                   weight_decay=cfg.weight_decay, fused=True)
     if checkpoint:

@@ -1755,7 +1755,7 @@ REFUSED = {
         "svae.pt svae.csv", raises(csv.DictWriter, "writerow", OSError(28, "No space left")),
         "svae --steps 9", "No space left"),
     **{type(error).__name__: ("svae.pt", raises(svae, "svae_loss", error), "svae --steps 9",
-                              "the memory is full")
+                              "out of memory")
        for error in (MemoryError(), RuntimeError("[enforce] can't allocate memory: 1 PB"),
                      torch.cuda.OutOfMemoryError("CUDA out of memory"))},
     "VGG's weights are missing": (
@@ -1992,7 +1992,7 @@ BAD = {
     "svae --preset large": "--preset large: allowed are full, tiny",
     "svae --precision fp16": "--precision fp16: allowed are bf16, fp32",
     "svae --image-size 40": "--image-size 40: allowed are multiples of 16",
-    "psvae --batch 10 --micro-batches 3": "--batch 10 does not divide by 1 processes x --micro-batches 3",
+    "psvae --batch 10 --micro-batches 3": "--batch 10 is not divisible by 1 processes x --micro-batches 3",
     "svae --device cuda": "no CUDA device",
     "svae --data {file}": "is a file; a folder of images is needed",
     "svae --data {tmp}/nowhere": "no such folder",
@@ -2117,7 +2117,7 @@ def test_words_that_no_caption_has_are_named_with_the_nearest_known(trained):
     pipeline = sample.Pipeline(trained, torch.device("cpu"))
     said = list(pipeline.remarks("A red cirle above a hexagon"))
     assert len(said) == 2 and "'cirle'" in said[0] and "nearest word is 'circle'" in said[0]
-    assert "'hexagon' stands in none" in said[1] and not list(pipeline.remarks("a red circle"))
+    assert "'hexagon' occurs in none" in said[1] and not list(pipeline.remarks("a red circle"))
 
 
 def test_from_python_guidance_and_eta_are_those_of_the_models_preset(trained):

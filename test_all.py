@@ -2642,6 +2642,7 @@ def test_editbench_gives_the_right_answer_everything_and_a_copy_of_the_source_no
     for split in ("seen", "heldout"):
         assert right[split]["both"]["score"] == 1
         assert copied[split]["obeyed"]["score"] == 0 and copied[split]["kept"]["score"] > 0.9
+    assert right["untouched"]["both"] > 60 and not copied["untouched"]      # dB; none was obeyed
 
 
 def test_a_text_encoder_learns_to_read(encoders, capsys):

@@ -74,6 +74,8 @@ FAULTS = {
          "waits_for_the_device"),
     "t from 0 to T - 1": ("dit.py", r'"t", 1, cfg.T \+ 1', '"t", 0, cfg.T', "t_is_uniform"),
     "t uniform after all": ("dit.py", "if not cfg.logit_std", "if True", "stage_3_gets"),
+    "t of edits like those of captions":
+        ("dit.py", "edit=source is not None", "edit=False", "stage_3_gets"),
     "held-out t from 0": ("dit.py", r"low = 1 \+", "low = 0 +", "t_is_1_to_T"),
     "gradients not averaged":
         ("data.py", r"(def distribute\((?:.*\n)+?        if )self.world == 1", r"\1True",

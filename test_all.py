@@ -2794,7 +2794,11 @@ def test_what_ships_is_small_belongs_together_and_draws_as_the_run_does(copy, tm
 @pytest.mark.parametrize("stage", [psvae, dit])
 def test_what_ships_was_made_by_the_printed_commands(stage):
     checkpoint = data.load(HERE / f"notes/tiny/{stage.__name__}.pt", stage.__name__)
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = text.split("## Train it from nothing")[1].split("\n## ")[0]
+    further = re.findall(rf"python {stage.__name__}\.py --steps (\d+)", text)
     cfg = stage.Config(**stage.PRESETS["tiny"], preset="tiny")
+    cfg = replace(cfg, steps=int(further[-1])) if further else cfg
     assert checkpoint["config"] == data.plain(cfg) and checkpoint["step"] == cfg.steps
 
 

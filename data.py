@@ -157,7 +157,7 @@ def accept(name: str, train: Folder, held_out: Folder, max_broken: float):
 
 
 def tolerate(broken: list[str], total: int, max_broken: float, what: str, least: int = 1):
-    """Raises UserError when more than max_broken of `total` is broken; `least` may pass."""
+    """Raises UserError when more than max_broken of `total`, and than `least`, are broken."""
     if len(broken) > (max_broken and max(least, max_broken * total)):  # 0 means none at all
         raise UserError(f"{len(broken)} of {total} {what} are unusable, more than --max-broken "
                         f"{max_broken} allows. The first: {printable('; '.join(broken[:3]))}. "
@@ -1656,7 +1656,7 @@ BLOCK = 4096                   # captions in a file of out/text/
 
 
 class Shards:
-    """00000.npy, 00001.npy … of a folder, each opened on first use, in the process that uses it."""
+    """00000.npy, 00001.npy, ... of a folder, each opened on first use, by the process using it."""
 
     def __init__(self, folder: Path):
         self.folder, self.opened = folder, {}

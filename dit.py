@@ -12,7 +12,7 @@ repository Gaurav14cs17/PS-VAE.
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: 75 minutes on 2 CPU cores
+    python dit.py                         reads out/latents; tiny: 80 minutes on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (the embedding of every distinct caption),
@@ -394,8 +394,8 @@ def sample_t(run: data.Run, step: int, cfg: Config, edit: bool) -> torch.Tensor:
     if not cfg.logit_std:
         return run.randint(step, "t", 1, cfg.T + 1)
     # DEVIATION (--logit-std, tiny): the guide's t is uniform, the paper's logit-normal, as here.
-    # Middle t decide what a picture shows, high t what an edit changes (the source shows the
-    # rest). Drawn more often, these t give the same accuracy after two thirds of the steps.
+    # Middle t decide what a picture shows: drawn more often, they gave the same accuracy after two
+    # thirds of the steps. High t decide what an edit changes, since the source shows the rest.
     mean = cfg.logit_mean_edits if edit else cfg.logit_mean
     u = torch.sigmoid(mean + cfg.logit_std * run.randn(step, "t"))
     return (1 + cfg.T * u).long().clamp(max=cfg.T)

@@ -2587,6 +2587,17 @@ def test_no_word_of_training_is_about_a_held_out_pair(world):
             assert row["file_name"] in told and not toy.holds_out(objects)
 
 
+def test_edits_in_a_written_world_name_the_pictures_of_their_scenes(world):
+    lines = (world / "train/metadata.jsonl").read_text().splitlines()
+    edits = [row for row in map(json.loads, lines) if "source" in row]
+    assert len(edits) == 72                                     # three of every five pictures of 120
+    for number, row in enumerate(edits):
+        before, text, after, _ = toy.edit(number)
+        assert row["text"] == text
+        for name, scene in ((row["source"], before), (row["file_name"], after)):
+            assert np.array_equal(np.asarray(Image.open(world / "train" / name)), toy.draw(scene))
+
+
 @pytest.mark.parametrize("kind", editbench.KINDS)
 def test_an_edit_of_the_world_leaves_all_that_it_does_not_name(kind):
     edits = [edit for edit in map(toy.edit, range(140)) if edit[3] == kind]

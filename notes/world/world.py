@@ -18,9 +18,9 @@ What is written is an ordinary folder of images with a metadata.jsonl, as data.p
                            training names, and no edit shows: it is seen without words alone
     world.json             written last: version, count, size, seed
 
-Pictures come in blocks of five: two scenes, then three edits of these: what is to be done stands
-in the words alone, not in the source. So a small world is the beginning of a large one. For every
-five there is one without words, behind all the others.
+Pictures come in blocks of five: two scenes, then three edits of these, so that the words, not the
+source, tell what to do. A small world is the beginning of a large one. For every five there is one
+without words, behind all the others.
 """
 
 import argparse

@@ -116,9 +116,10 @@ class Folder:
 def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
                 count: int = 50_000) -> tuple[Folder, Folder]:
     """A folder's training and held-out pictures; README.md says which folders are understood. An
-    empty name is the built-in world, drawn on first use with `count` pictures. What is not used is
-    said; unusable rows stand in the first's `skipped`. Raises UserError: no such folder, or (unless
-    max_broken is None) no images in it, or more than max_broken of its rows unusable."""
+    empty name is the built-in world, drawn on first use with `count` pictures that have words. What
+    is not used is said; unusable rows stand in the first's `skipped`. Raises UserError: no such
+    folder, or (unless max_broken is None) no images in it, or more than max_broken of its rows
+    unusable."""
     top = Path(name or f"{out}/world").expanduser()    # "~" is the home folder
     if not name:
         _draw_world(top, count)
@@ -193,7 +194,7 @@ def _draw_world(top: Path, count: int):
         say(f"{top} is there, with {there} pictures: --count {count} does nothing")
     if not there and torchrun()[0] == 0:
         from notes.world import world                  # the one thing the stages call in notes/
-        say(f"no --data: drawing the built-in world of {count:,} pictures into {top}")
+        say(f"no --data: drawing the built-in world, {count:,} pictures with words, into {top}")
         try:
             with take_lock(top.parent, "world"):
                 world.write(top, count=count)
@@ -377,6 +378,7 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
         raise ValueError(f"{value!r} {'leaves the folder' if leaves else 'is no picture there'}")
 
     with _open(whole.root / table) as lines:
+        mark = ""
         if _kind(table) == ".jsonl":
             rows = map(json.loads, filter(str.strip, lines))           # blank lines are none
         else:
@@ -389,6 +391,10 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
             try:
                 if not isinstance(row := next(rows), dict):
                     raise ValueError("no columns")
+                if any(row.get(None) or ()):
+                    raise ValueError("more cells than columns: a text with a comma wants quotes")
+                if mark == "\t" and any({"\t", "\n"} <= set(str(cell)) for cell in row.values()):
+                    raise ValueError("a cell holds whole rows: a quote was never closed")
                 row = {"_".join(str(key).lower().split()): row[key] for key in row}
                 found = {what: [row[name] for name in names if row.get(name) is not None]
                          for what, names in COLUMNS.items()}
@@ -397,9 +403,10 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
                         raise ValueError(f"no {what} in its columns {', '.join(row)}; needed is "
                                          f"one of {', '.join(COLUMNS[what])}")
                 texts = found["text"][0]
-                if str(texts).startswith("["):         # a list in a cell: JSON's or Python's
+                for parse in (json.loads, ast.literal_eval):           # a list in a cell
                     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                        texts = ast.literal_eval(texts)
+                        if isinstance(texts, str) and texts.startswith("["):
+                            texts = parse(texts)
                 texts = texts if isinstance(texts, list) and texts else [texts]  # a row for each
                 texts = [_text(text) for text in texts]
                 paths = [find(path) for path in (*filter(None, found["source"][:1]),
@@ -454,6 +461,8 @@ def open_image(path: str, draft: int = 0) -> Image.Image:
         image.load()                                   # only now pixels are decoded
         with contextlib.suppress(Exception):           # an unreadable rotation is no rotation
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are fractions; 8 or 16 bits are read")
         if image.mode.startswith("I"):                 # .convert would clip 16 bit at 255
             values = np.asarray(image)
             deep = image.mode != "I" or values.max(initial=0) > 255    # "I" does not say its range
@@ -1093,16 +1102,7 @@ class Run:
         """Training and held-out pictures. A folder may move; other contents are said or refused."""
         cfg = self.cfg
         train, held_out = read_folder(cfg.data, cfg.max_broken, cfg.out, cfg.count)
-        self.data = {"digest": digest(train), "pictures": len(train.images)}
-        with reading(self.out / f"{self.stage}.pt"):
-            then = (checkpoint or {}).get("data", self.data)
-            if then["digest"] != self.data["digest"]:
-                what = (f"{train.root} holds other pictures or captions than {self.stage}.pt "
-                        f"learned from: {len(train.images):,} pictures, {then['pictures']:,} then")
-                if checkpoint["config"]["data"] != cfg.data:           # another folder was named
-                    raise UserError(f"{what}. Another data set needs a folder of its own, --out "
-                                    f"other; or start over with --fresh.")
-                self.say(f"{what}. The run resumes with them")
+        self.data = check_data(train, cfg, checkpoint, self.out / f"{self.stage}.pt")
         return train, held_out
 
     def pictures(self, folder: Folder, size: int, augment: bool):
@@ -1467,10 +1467,30 @@ def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path
     return taken
 
 
+def check_data(train: Folder, cfg, checkpoint: dict | None, path: Path) -> dict:
+    """What a checkpoint keeps of its pictures; those of another folder than `path` has are refused,
+    other contents of the same folder are said."""
+    own = {"digest": digest(train), "pictures": len(train.images)}
+    with reading(path):
+        then = (checkpoint or {}).get("data", own)
+        if then["digest"] != own["digest"]:
+            what = (f"{train.root} holds other pictures or captions than {path.name} learned from: "
+                    f"{own['pictures']:,} pictures, {then['pictures']:,} then")
+            if checkpoint["config"]["data"] != cfg.data:               # another folder was named
+                raise UserError(f"{what}. Another data set needs a folder of its own, --out other; "
+                                f"or start over with --fresh.")
+            say(f"{what}. The run resumes with them")
+    return own
+
+
 def is_finished(checkpoint: dict, cfg, path: Path) -> bool:
-    """Says where a run resumes, or that there is nothing left to do."""
+    """Says where a run resumes, or that there is nothing left to do. Raises UserError where another
+    folder is named than that of a finished run."""
     step, before = checkpoint["step"], checkpoint["config"].get("steps", cfg.steps)
     if step >= cfg.steps:
+        if getattr(cfg, "data", "") != checkpoint["config"].get("data", ""):
+            train, _ = read_folder(cfg.data, None, cfg.out, cfg.count)
+            check_data(train, cfg, checkpoint, path)
         say(f"{path} is finished: {step:,} steps. A larger --steps resumes, --fresh starts over.")
         return True
     decay = f"; --steps was {before:,}, the decay of the learning rate follows"
@@ -1615,7 +1635,9 @@ def _font():
 
 
 def _drawable(text: str) -> str:
-    """The text without letters that the font lacks: they lose their accents or become "?"."""
+    """The text in one line, without letters that the font lacks: they lose their accents or become
+    "?"."""
+    text = " ".join(text.split())                      # Pillow draws no line break
     box = bytes(_font().getmask("\uffff"))             # drawn in place of every such letter
     plain = lambda c: unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?"
     return "".join(plain(c) if c != " " and bytes(_font().getmask(c)) == box else c for c in text)
@@ -1838,7 +1860,7 @@ def write_texts(final: Path, mark: dict, captions: list[str], encoder: TextEncod
 class Config:
     data: str = ""                  # folder of images; empty: the built-in world
     out: str = "out"                # where the contact sheet goes
-    count: int = 50_000             # pictures of the built-in world, if it has to be drawn
+    count: int = 50_000             # of the built-in world: pictures that have words
     image_size: int = 256           # size for which the reading speed is measured
     max_broken: float = 0.01        # largest fraction of unreadable pictures or rows in training
 

@@ -318,7 +318,7 @@ class DiT(nn.Module):
         self.source_type = nn.Parameter(torch.zeros(1, 1, width))           # marks source tokens
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         # DEVIATION: one Linear(d_text, D) before every block's W_K and W_V: the guide's d_text is
-        # 4096 for T5-XXL; W_K and W_V of that width would add a third (XL) or more to each block.
+        # 4096 for T5-XXL; W_K and W_V of that width would add a fifth (XL) or more to each block.
         self.text = nn.Linear(d_text, width)
         if whiten_text:                                                     # set once, then fixed
             self.register_buffer("text_shift", torch.zeros(d_text))

@@ -264,7 +264,8 @@ class Pipeline:
 def find_model(name: str) -> Path:
     """The folder of a trained model: as typed, else out/ where it has one, else the shipped one."""
     own = all((Path("out") / file).exists() for file in ("dit.pt", "psvae.pt"))
-    return Path(name) if name else Path("out") if own else SHIPPED
+    folder = Path(name) if name else Path("out") if own else SHIPPED
+    return SHIPPED if folder.resolve() == SHIPPED else folder
 
 
 @data.program

@@ -17,7 +17,7 @@ repository Gaurav14cs17/PS-VAE.
 Reads a folder of pictures. Writes out/svae.pt, out/svae.csv (every loss term, held-out ones too)
 and out/svae.png (pictures; their frozen features as colours; the features that come back from mu).
 Run again, it resumes with the checkpoint's flags; one that contradicts them is refused.
-Expect (tiny, seed 0): held-out semantic 0.0098, kl 58.8 after the 800 steps, which is 98 % of the
+Expect (tiny, seed 0): held-out semantic 0.0098, kl 59.8 after the 800 steps, which is 99 % of the
 variance of the features; f and f_hat look the same.
 """
 
@@ -50,7 +50,7 @@ class Config:
     compile: bool = True                    # torch.compile, on CUDA
     device: str = "auto"                    # auto, cpu or cuda
     workers: int = 8                        # processes that read pictures
-    count: int = 50_000                     # pictures of the built-in world, if it has to be drawn
+    count: int = 50_000                     # of the built-in world: pictures that have words
     max_broken: float = 0.01                # largest tolerated share of unreadable pictures or rows
     log_every: int = 50                     # steps between rows of the log
     eval_every: int = 1000                  # steps between held-out losses and previews

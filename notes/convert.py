@@ -35,6 +35,7 @@ import data  # noqa: E402
 
 EDITS = (("original_image", "edit_prompt", "edited_image"),
          ("src_img", "edited_prompt_list", "edited_img"))
+TEXTS = {"caption", *(text for _, text, _ in EDITS)}
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def samples(src: Path):
                     "edited_image": pictures.get(f"{key[:-2]}_1", {}).get("image")}
             continue
         for name in sorted(names):
-            key, _, suffix = name.partition(".")
-            if suffix == "json" and key in pictures:
-                yield str(folder / key), read(folder / name) | pictures[key]
+            key, suffix = os.path.splitext(name)
+            columns = read(folder / name) if suffix == ".json" else {}
+            if suffix == ".json" and (key in pictures or TEXTS & columns.keys()):
+                yield str(folder / key), columns | pictures[key]
 
 
 def rows_of(columns: dict, src: Path) -> list[tuple]:

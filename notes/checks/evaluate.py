@@ -86,27 +86,34 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
                  - 2 * root)
 
 
-def explained_variance(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    """Of each channel, (d,) float64: 1 - mean squared error / variance. f_hat, f (N, d)."""
-    f_hat, f = f_hat.double(), f.double()
-    return 1 - (f_hat - f).square().mean(0) / f.var(0, correction=0)
+def moments(f_hat: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """Sums over all of (..., d) that explained_variance needs, to be added up: (4, d) float64."""
+    f_hat, f = f_hat.double().flatten(0, -2), f.double().flatten(0, -2)
+    return torch.stack([torch.ones_like(f), f, f ** 2, (f_hat - f) ** 2]).sum(1).cpu()
+
+
+def explained_variance(sums: torch.Tensor) -> torch.Tensor:
+    """Of each channel, (d,) float64: 1 - mean squared error / variance."""
+    mean, square, error = sums[1:] / sums[0]
+    return 1 - error / (square - mean ** 2)
 
 
 # --- A trained model ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def measure(cfg: Config, model, frozen, stage_1, pictures, count: int) -> dict:
-    """{name: values over pictures, or one number} for the first `count` of `pictures`."""
+    """{name: values over pictures, or one number} for `count` of `pictures`, from all over them."""
     device = data.pick_device(cfg.device)
     try:
         lpips = data.load_lpips(device)
     except data.UserError as error:
         print(f"LPIPS is left out: {error}")
         lpips = None
-    steps = -(-count // cfg.batch)
-    keys = lambda step: [(i, None) for i in range(count)[step * cfg.batch:(step + 1) * cfg.batch]]
-    values, f, f_hat, f_1, real, fake, broken = {}, [], [], [], [], [], set()
-    for images, unreadable in data.batches(pictures, keys, 0, steps, cfg.workers):
+    own = pictures.folder.own or len(pictures)          # sorted: the first may be of one class
+    chosen = [(i * own // count, None) for i in range(count)]
+    keys = lambda step: chosen[step * cfg.batch:(step + 1) * cfg.batch]
+    values, sums, real, fake, broken = {}, {}, [], [], set()
+    for images, unreadable in data.batches(pictures, keys, 0, -(-count // cfg.batch), cfg.workers):
         broken |= {index for index, _ in unreadable}
         x = data.to_float(images, device)
         mu, target = model.encode(x)[0], frozen(x)
@@ -118,17 +125,16 @@ def measure(cfg: Config, model, frozen, stage_1, pictures, count: int) -> dict:
             scores["LPIPS"] = lpips(x_hat.clamp(-1, 1), x).flatten()
         for name, value in scores.items():
             values.setdefault(name, []).append(value.cpu())
-        f.append(target.flatten(0, 2).cpu())
-        f_hat.append(model.semantic_decoder(mu).flatten(0, 2).cpu())
+        f_hats = {"features, PS-VAE": model.semantic_decoder(mu)}
         if stage_1:
-            f_1.append(stage_1.semantic_decoder(stage_1.projector(target)[0]).flatten(0, 2).cpu())
+            f_hats["features, S-VAE"] = stage_1.semantic_decoder(stage_1.projector(target)[0])
+        for name, f_hat in f_hats.items():
+            sums[name] = sums.get(name, 0) + moments(f_hat, target)
         for features, picture in ((real, x), (fake, x_hat.clamp(-1, 1))):
             features.append(frozen.tokens(picture)[:, 0].cpu().numpy())                     # CLS
     if broken:
         print(f"{len(broken)} pictures cannot be read; the next ones took their places")
-    f = torch.cat(f)
-    shares = {name: explained_variance(torch.cat(part), f)
-              for name, part in (("features, PS-VAE", f_hat), ("features, S-VAE", f_1)) if part}
+    shares = {name: explained_variance(part) for name, part in sums.items()}
     return {name: torch.cat(part) for name, part in values.items()} | shares | {
         "FDD": frechet_distance(np.concatenate(real), np.concatenate(fake))}
 
@@ -150,9 +156,11 @@ def main(argv: list[str] | None = None):
         stage_1 = svae.SVAE(frozen.dim, first["config"]["z_dim"]).to(device).eval()
         data.load_weights(stage_1, first["model"], out / "svae.pt")
     name = cfg.data or config["data"]
-    train, held_out = data.read_folder(name, out=cfg.out, count=config["count"])
+    train, held_out = data.read_folder(name, config["max_broken"], cfg.out, config["count"])
     pictures = data.Pictures(held_out, config["image_size"])
     count = min(cfg.count, held_out.own or len(pictures))
+    if count < 2:
+        raise data.UserError(f"{held_out.root} holds one picture out; FDD needs two or more.")
     found = measure(cfg, model, frozen, stage_1, pictures, count)
     print(f"held-out pictures: N = {len(found['SSIM'])}, from {held_out.root}")
     for name_of, value in found.items():

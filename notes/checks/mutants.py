@@ -46,8 +46,6 @@ EXPLAINED = {
     ("contrastive_loss", "10000.0  ->  20000.0"): "exp of either is 0",
     ("forward", "recompute(level, x, use_reentrant=False)  ->  without use_reentrant"):
         "chooses between two implementations of the same; torch warns where it is left out",
-    ("denoise", "recompute(block, h, modulation, k, v, mask, use_reentrant=False)  ->  "
-                "without use_reentrant"): "as above",
     ("noise_schedule", "torch.ones(1, dtype=torch.float64)  ->  without dtype"):
         "torch.cat with float64 gives float64",
     ("timestep_embedding", "torch.arange(d // 2, device=t.device, dtype=torch.float32)  ->  "
@@ -130,7 +128,7 @@ def functions_with_equations(source: str):
             text = "\n".join(lines[node.lineno - 1:node.end_lineno])
             found = re.findall(r"# (?:DEVIATION.*)?Eq\. (\d+(?:, \d+)*)", text)
             numbers = sorted({int(n) for group in found for n in group.split(", ")})
-            if numbers and node.name not in ("train", "encode_texts"):      # loops: see FAULTS
+            if numbers and node.name != "train":               # loops: see FAULTS
                 out.append((node, numbers))
     return out
 

@@ -1,6 +1,6 @@
 """Proves by force that a run loses nothing and lets nothing in.
 
-    python notes/checks/reliability.py                       everything: an hour and more, one core
+    python notes/checks/reliability.py                       everything: half an hour of one core
     python notes/checks/reliability.py kill disk             some of it; --times 5 for fewer strikes
     python notes/checks/reliability.py --short               what test_all.py runs
 
@@ -111,12 +111,12 @@ class Micro:
     def __init__(self, top: Path, steps: int, stages: list[str]):
         self.top, self.seconds, self.reference = top, {}, {}
         pretrain_tiny.untrained_encoders(top)
-        world.write(top / "world", count=120, workers=1)
+        world.write(top / "world", count=100, workers=1)
         common = (f"--steps {steps} --batch 16 --warmup 2 --log-every 2 --eval-every 9 "
                   f"--save-every {steps // 4} --workers 0 --device cpu").split()
         self.flags = {
             "svae": ["--preset", "tiny", "--encoder", str(top / "image"), *common,
-                     *"--image-size 32 --z-dim 8 --count 120".split()],
+                     *"--image-size 32 --z-dim 8 --count 100".split()],
             "psvae": ["--widths", "8,8,8,8", "--latents", "both", *common],
             "dit": ["--text-encoder", str(top / "text"), *common,
                     *"--width 32 --depth 2 --heads 2 --max-tokens 24".split()]}

@@ -7,7 +7,7 @@ as detail does that has no name. Every trained part is kept in --out under the d
 settings: run again, a row resumes where it stopped, and one row takes over what another has
 trained. Every random number of a step comes from (seed, part, step), as in the stages.
 
-    lab = Lab(cfg)
+    lab = Lab("cpu", "out/lab")
     lab.pixels(space), lab.meaning(space), lab.drawn(space, predict)    # plain dicts
 """
 

@@ -76,7 +76,8 @@ def at_objects(tokens: torch.Tensor, objects) -> torch.Tensor:
     """
     side = round((tokens.shape[1] - 1) ** 0.5)
     picture = [k for k, found in enumerate(objects) for _ in found]
-    centre = torch.tensor([(o.x, o.y) for found in objects for o in found], device=tokens.device)
+    centre = [(o.x, o.y) for found in objects for o in found]
+    centre = torch.tensor(centre, device=tokens.device).view(-1, 2)                    # there may be none
     grid = tokens[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)[picture]       # (M, d, side, side)
     at = (centre / (world.CANVAS / 2) - 1)[:, None, None]                              # x, y in [-1, 1]
     return F.grid_sample(grid, at, align_corners=False).flatten(1)
@@ -366,7 +367,7 @@ def main():
     parser.add_argument("--batch", type=int, default=128,
                         help="captions a step; a third as many edits besides")
     parser.add_argument("--count", type=int, default=50_000,
-                        help="pictures of the world, if it has to be drawn")
+                        help="of the built-in world: pictures that have words")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()

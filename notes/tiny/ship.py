@@ -1,7 +1,7 @@
 """Makes the small files that ship from a trained out/: no optimizer, the DiT's averaged weights
 only, and half precision for all but what encodes, whose fingerprint the DiT carries.
 
-    python svae.py && python psvae.py && python dit.py
+    python svae.py && python psvae.py && python dit.py && python dit.py --steps 22000
     python notes/tiny/ship.py            writes psvae.pt, dit.pt and the three logs into notes/tiny/
 """
 

@@ -18,6 +18,7 @@ out/editbench.png: failures, as source, result, a right answer.
 """
 
 import itertools
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ MEANS = {word: (name, value) for name, values in KNOWN.items() for value in valu
 
 def attributes(words):
     """{"size": "large", "colour": "red", "shape": "star"} of 'a big red star'."""
-    return dict(MEANS[word] for word in words.split() if word in MEANS)
+    return dict(MEANS[word] for word in re.findall(r"\w+", words) if word in MEANS)
 
 
 def asked_to_add(instruction, source):
@@ -59,9 +60,9 @@ def asked_to_add(instruction, source):
     or None."""
     for where in ("left", "right", "above", "below"):
         for wording in WORDS[where]:
-            new, found, anchor = instruction.partition(f" {wording} the ")
-            if found:
-                said = attributes(anchor).items()           # the world refers to just one
+            new, *anchor = re.split(f" {wording.replace('the ', '(?:the )?')} ", instruction)
+            if anchor:
+                said = attributes(anchor[0]).items()        # the world refers to just one
                 seen_from = next(o for o in source.objects
                                  if all(getattr(o, k) == v for k, v in said))
                 return attributes(new), (where, seen_from)

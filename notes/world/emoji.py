@@ -3,7 +3,7 @@ on white.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0     fetches two packages, 16 MB
     python notes/world/emoji.py --out emoji                              makes a folder of them
-    python svae.py --data emoji --preset tiny --out out_emoji --z-dim 48
+    python svae.py --data emoji --preset tiny --out out_emoji --z-dim 48 --steps 300
     python psvae.py --out out_emoji --beta 3e-4 --steps 3000
     python dit.py --out out_emoji --edit-fraction 0.75 --steps 2200      all: 50 minutes on a core
     python notes/world/emoji.py --page notes/world/emoji.png --model out_emoji      held-out edits
@@ -11,7 +11,7 @@ on white.
 Pictures: @lobehub/fluent-emoji-3d (MIT); names: unicode-emoji-json (MIT). A caption for every
 picture that has a name; an edit (source, instruction, result) for every pair that differs in skin
 tone alone, in gender alone or in hair alone. What is written is a folder with a metadata.jsonl, as
-data.py reads any other.
+data.py reads any other. emoji.png is of 2026-11-23, by the code of that day.
 """
 
 import argparse

@@ -30,8 +30,8 @@ BACKGROUND_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 OBJECT_RGB = np.array(list(COLOURS.values()), np.float32)
 PALETTE = np.concatenate([BACKGROUND_RGB, OBJECT_RGB])
 
-# Tolerances in RGB distance: palette colours are 60 or more apart, averages of two stay 30 away,
-# a decoder errs by 5.
+# Tolerances in RGB distance: palette colours are 60 or more apart, averages with a background
+# stay 30 away, a decoder errs by 5.
 BACKGROUND_OFF = 18.0   # of the background's median from its palette colour
 COLOUR_OFF = 24.0       # of an object's colour, fitted through its template, from the palette's
 FLATNESS = 11.0         # RMS of whatever the reading leaves unexplained, edges of objects left out
@@ -44,7 +44,7 @@ RIVAL = 1.5             # the second best shape must fit this many times worse
 SOFTNESS = (0.0, 0.6, 0.95, 1.3, 2.0)
 
 TEMPLATES = list(itertools.product(SHAPES, SIZES, STYLES))
-HALF = 19               # half a template's width: the large triangle reaches 17 from its centre
+HALF = 19               # half a template's width: the large triangle reaches 16.4 from its centre
 WIDTH = 2 * HALF
 
 

@@ -41,10 +41,12 @@ def both_ways(*pairs: tuple[str, str]) -> dict[str, str]:
 
 def exchange_colours(text: str) -> str:
     """'a red circle and a blue star' -> 'a blue circle and a red star', where just two objects have
-    one."""
+    one, and differ in more."""
     objects, on, background = text.partition(" on ")
-    found = re.findall(rf"\b({'|'.join(world.COLOURS)})\b", objects)
-    return exchange(both_ways(tuple(found)))(objects) + on + background if len(found) == 2 else text
+    found = re.findall(rf"(\w+ )({'|'.join(world.COLOURS)}) (\w+)", objects)
+    if len(found) != 2 or found[0][::2] == found[1][::2]:
+        return text
+    return exchange(both_ways(tuple(colour for _, colour, _ in found)))(objects) + on + background
 
 
 SIDES = both_ways(("above", "below"), ("over", "under"), ("left", "right"), ("top", "bottom"))
@@ -93,12 +95,13 @@ def measure(pipeline: Pipeline, edit: bool, swap, count: int) -> list[tuple[floa
     z_0, source = latents(pictures), latents(sources) if edit else None
     eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
     said, found = [pipeline.text_encoder(list(part)) for part in texts], []
+    alpha_bar = pipeline.alpha_bar.to(pipeline.device)
     for t in (max(1, round(t * pipeline.config["T"] / 1000)) for t in TIMES):
         t = torch.full((count,), t, device=pipeline.device)
-        z_t = add_noise(z_0, t, eps, pipeline.alpha_bar)
+        z_t = add_noise(z_0, t, eps, alpha_bar)
         is_v = pipeline.config["predict"] == "v"
-        target = v_of(z_0, t, eps, pipeline.alpha_bar) if is_v else eps
-        scale = 1 if is_v else pipeline.alpha_bar[t]    # eps's error: sqrt(alpha_bar) times v's
+        target = v_of(z_0, t, eps, alpha_bar) if is_v else eps
+        scale = 1 if is_v else alpha_bar[t]             # eps's error: sqrt(alpha_bar) times v's
         true, wrong = ((target - pipeline.dit(z_t, t, *text, source)).square().flatten(1).mean(1)
                        / scale for text in said)
         more = wrong - true

@@ -907,6 +907,22 @@ def check_encoder(found: str, checkpoint: dict, name: str):
                         f"with. Bring them back, or start over with --fresh.")
 
 
+def check_data(train: Folder, cfg, checkpoint: dict | None, path: Path) -> dict:
+    """What a checkpoint keeps of its pictures. Raises UserError where another folder is named, with
+    other pictures than it learned from; other contents of the same folder are said."""
+    own = {"digest": digest(train), "pictures": len(train.images)}
+    with reading(path):
+        then = (checkpoint or {}).get("data", own)
+        if then["digest"] != own["digest"]:
+            what = (f"{train.root} holds other pictures or captions than {path.name} learned from: "
+                    f"{own['pictures']:,} pictures, {then['pictures']:,} then")
+            if checkpoint["config"]["data"] != cfg.data:               # another folder was named
+                raise UserError(f"{what}. Another data set needs a folder of its own, --out other; "
+                                f"or start over with --fresh.")
+            say(f"{what}. The run resumes with them")
+    return own
+
+
 def fingerprint(*parts: nn.Module | dict, extra: dict | None = None) -> str:
     """sha256 over types, shapes and bytes of all weights, and a description; not names: renamed."""
     digest = hashlib.sha256(json.dumps(extra or {}, sort_keys=True).encode())
@@ -1465,22 +1481,6 @@ def inherit(parent: dict | None, names: tuple[str, ...], typed: dict, path: Path
                           for name, value in taken.items())
         say(f"from {path}: {shown}")
     return taken
-
-
-def check_data(train: Folder, cfg, checkpoint: dict | None, path: Path) -> dict:
-    """What a checkpoint keeps of its pictures; those of another folder than `path` has are refused,
-    other contents of the same folder are said."""
-    own = {"digest": digest(train), "pictures": len(train.images)}
-    with reading(path):
-        then = (checkpoint or {}).get("data", own)
-        if then["digest"] != own["digest"]:
-            what = (f"{train.root} holds other pictures or captions than {path.name} learned from: "
-                    f"{own['pictures']:,} pictures, {then['pictures']:,} then")
-            if checkpoint["config"]["data"] != cfg.data:               # another folder was named
-                raise UserError(f"{what}. Another data set needs a folder of its own, --out other; "
-                                f"or start over with --fresh.")
-            say(f"{what}. The run resumes with them")
-    return own
 
 
 def is_finished(checkpoint: dict, cfg, path: Path) -> bool:

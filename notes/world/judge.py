@@ -325,7 +325,10 @@ def main():
     parser.add_argument("--model", default="", help="folder with a psvae.pt")
     args = parser.parse_args()
     for name in args.pictures:
-        print(name, read(np.asarray(Image.open(name).convert("RGB"))) or "unreadable")
+        picture = Image.open(name).convert("RGB")
+        if picture.size != (CANVAS, CANVAS):
+            parser.error(f"{name} is {picture.width} x {picture.height}: only 64 x 64 can be read")
+        print(name, read(np.asarray(picture)) or "unreadable")
     if args.pictures:
         return
     truths = [scene(START + i, ("train", "heldout")[i % 2]) for i in range(args.count)]

@@ -5,8 +5,8 @@ A picture of this world can be checked against its prompt by geometry instead of
 (judge.py does), needs no download, and is the same on every machine: everything is a function of
 (seed, split, index).
 
-    python notes/world/world.py                      draws out/world: 60,000 training pictures, two minutes
-    python data.py --data out/world                  a contact sheet of it, to look at
+    python notes/world/world.py          draws out/world, 60,000 training pictures, in two minutes
+    python data.py --data out/world      a contact sheet of it, to look at
 
 What is written is an ordinary folder of images with a metadata.jsonl, as data.py reads any other:
 

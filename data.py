@@ -956,10 +956,6 @@ def stamp(name: str) -> str:
     return digest_of([folder.name if files else name, *stats])
 
 
-def remove_folder(path: Path):
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def free_space(path: Path, needed: int, what: str):
     """Says how large a file will be; raises UserError before the first byte of one too large."""
     path.mkdir(parents=True, exist_ok=True)
@@ -973,7 +969,7 @@ def unfinished(final: Path, mark: dict) -> Path:
     """<final>.partial, to be filled file by file; what a run of the same mark left stays."""
     work = final.with_name(final.name + ".partial")
     if read_json(work / "mark.json") != mark:          # made of something else: begin again
-        remove_folder(work)
+        shutil.rmtree(work, ignore_errors=True)
         write_json(work / "mark.json", mark)
     return work
 
@@ -982,11 +978,11 @@ def finish(work: Path, final: Path, meta: dict):
     """Writes meta.json and puts the folder in its place: it is whole, or not there."""
     write_json(work / "meta.json", meta)
     old = final.with_name(final.name + ".old")
-    remove_folder(old)                                 # of a run that was killed right here
+    shutil.rmtree(old, ignore_errors=True)             # of a run that was killed right here
     if final.exists():
         os.replace(final, old)
     os.replace(work, final)
-    remove_folder(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: dict):
@@ -1665,9 +1661,6 @@ def save_picture(image: Image.Image, path: Path, settings: dict | None = None):
         image.save(partial, kind, **extra)
 
 
-save_png = save_picture
-
-
 # --------------------------------------------------------------------------------------------------
 # 8 Datasets of latents and texts
 # --------------------------------------------------------------------------------------------------
@@ -1909,7 +1902,7 @@ def main(argv: list[str] | None = None):
             cells.append((Pictures(train, 128).read(image), text))
     if cells:
         rows = [list(zip(*cells[i:i + 6])) for i in range(0, len(cells), 6)]
-        save_png(grid(*map(list, zip(*rows))), Path(cfg.out) / "data.png")
+        save_picture(grid(*map(list, zip(*rows))), Path(cfg.out) / "data.png")
         print(f"  contact sheet: {Path(cfg.out) / 'data.png'}")
     accept(cfg.data, train, held_out, cfg.max_broken)  # what training will say
     tolerate(broken, len(every), cfg.max_broken, "pictures")

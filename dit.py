@@ -25,6 +25,7 @@ whose places are left open come last.
 
 import collections
 import contextlib
+import copy
 import math
 import re
 import sys
@@ -460,7 +461,7 @@ def preview(model: DiT, z_0, c, mask, source, alpha_bar: torch.Tensor, cfg: Conf
         columns += [z_t, predict_z_0(z_t, t, eps_hat, alpha_bar)]
         titles += [f"z_t, t = {t[0].item()}", "predicted z_0"]
     colours = data.pca_colours(*columns, size=96)
-    data.save_png(data.grid([list(row) for row in zip(*colours)], heads=titles), path)
+    data.save_picture(data.grid([list(row) for row in zip(*colours)], heads=titles), path)
 
 
 # === Training Procedures. Stage 3: Train DiT ======================================================
@@ -511,17 +512,13 @@ def words_of(texts: list[str], most: int = 10_000) -> list[str]:
 @contextlib.contextmanager
 def averaged(model: DiT, ema: dict[str, torch.Tensor]):
     """Inside the block the model has its averaged weights and is in eval mode."""
-    raw = copy_of(model)
+    raw = copy.deepcopy(model.state_dict())
     model.load_state_dict(ema)
     try:
         yield model.eval()
     finally:
         model.load_state_dict(raw)
         model.train()
-
-
-def copy_of(model: DiT) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def build(config: dict, shape: dict) -> DiT:
@@ -565,7 +562,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     model = build(data.plain(cfg), shape).to(run.device).train()
     if cfg.whiten_text and not checkpoint:
         model.text_shift[:], model.text_map[:] = texts.whitening()
-    ema = copy_of(model)
+    ema = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99),    # see svae.py
                                   weight_decay=cfg.weight_decay, fused=True)
     if checkpoint:
@@ -574,7 +571,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
                 raise data.UserError(f"{path} was trained with a different text encoder than "
                                      f"{cfg.text_encoder} is now. Start over with --fresh.")
             data.load_weights(model, checkpoint["ema"], path)
-            ema = copy_of(model)
+            ema = copy.deepcopy(model.state_dict())
             data.load_weights(model, checkpoint["model"], path)
             data.load_optimizer(optimizer, checkpoint["optimizer"], path)
     if run.compile:

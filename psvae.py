@@ -349,7 +349,7 @@ def preview(model: PSVAE, x: torch.Tensor, path: Path):
     """Two rows: pictures, and what comes back from mu."""
     x_hat = model.decode(model.encode(x)[0])
     captions = [["picture"], ["x_hat, from mu"]]
-    data.save_png(data.grid([data.to_uint8(x), data.to_uint8(x_hat)], captions), path)
+    data.save_picture(data.grid([data.to_uint8(x), data.to_uint8(x_hat)], captions), path)
 
 
 @torch.no_grad()
@@ -367,7 +367,7 @@ def reconstruct(cfg: Config, folder: Path):
         print(f"{data.printable(name)}: PSNR {quality:.2f} dB")
 
     path = Path(cfg.out) / "reconstruction.png"
-    data.save_png(data.grid(rows, captions), path)
+    data.save_picture(data.grid(rows, captions), path)
     print(f"wrote {path}: picture | reconstruction")
 
 

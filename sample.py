@@ -237,9 +237,6 @@ class Pipeline:
                        own["image_guidance"], own["eta"], source, generators, film,
                        self.config["predict"])
             # 4. Decode to image
-            if film:
-                shown = sorted({round(i * (len(film) - 1) / 8) for i in range(9)})
-                film[:] = [(t, self.decode(z)) for t, z in (film[i] for i in shown)]
             return self.decode(z_0)
 
     def decode(self, z_0: torch.Tensor) -> np.ndarray:
@@ -321,7 +318,8 @@ def main(argv: list[str] | None = None):
         print(f"wrote {Path(out) / '0000.png'} to {len(pictures) - 1:04d}.png")
     if film:
         path = path.with_name(f"{path.stem}_film{path.suffix}")
-        frames = [list(row) for row in zip(*(frame for _, frame in film))]
+        film = [film[i] for i in sorted({round(i * (len(film) - 1) / 8) for i in range(9)})]
+        frames = [list(row) for row in zip(*(pipeline.decode(z_0) for _, z_0 in film))]
         data.save_picture(data.grid(frames, heads=[f"t = {t}" for t, _ in film]), path, settings)
         print(f"wrote {path}: the predicted z_0, decoded, from noise to picture")
 

@@ -226,7 +226,7 @@ def look(model: SVAE, encoder, x: torch.Tensor, cfg: Config, picture: Path | Non
         f_hat = model.semantic_decoder(model.projector(f[:8])[0])
         rows = [data.to_uint8(x[:8]), *data.pca_colours(f[:8], f_hat, size=x.shape[-1])]
         names = [["picture"], ["f, frozen"], ["f_hat, from mu"]]
-        data.save_png(data.grid(rows, names), picture)
+        data.save_picture(data.grid(rows, names), picture)
     g = data.generator(cfg.seed, "svae", 0, "held out", x.device)
     eps = torch.randn(*f.shape[:-1], cfg.z_dim, generator=g, device=x.device)
     f_hat, mu, log_var = model(f, eps)

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None):
     cfg = Config(**data.read_flags(Config, argv, __doc__))
     src, out, skipped, count = Path(cfg.src), Path(cfg.out), [], 0
     work = out.with_name(out.name + ".partial")
-    data.remove_folder(work)                           # of a run that was killed
+    shutil.rmtree(work, ignore_errors=True)            # of a run that was killed
     try:
         work.mkdir(parents=True)
         with open(work / "metadata.jsonl", "w", encoding="utf-8") as table:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None):
                                  f"has to be exported first.")
         os.replace(work, out)
     finally:
-        data.remove_folder(work)
+        shutil.rmtree(work, ignore_errors=True)
     print(f"wrote {out}: {count:,} rows; {len(skipped)} left out"
           + "".join(f"\n    {line}" for line in skipped))
 

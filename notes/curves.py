@@ -40,29 +40,15 @@ def panels(names) -> dict[str, list[str]]:
     return dict(together)
 
 
-def pyplot():
-    """matplotlib, which no requirements.txt asks for."""
-    try:
-        import matplotlib
+def draw(files: list[Path], to: Path):
+    try:                                            # no requirements.txt asks for it
+        from matplotlib.figure import Figure
     except ImportError:
         raise data.UserError("matplotlib is missing: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def save(figure, to: Path):
-    with data.atomic(to) as partial:
-        figure.savefig(partial, dpi=100, format="png")
-    pyplot().close(figure)
-    print(f"wrote {to}")
-
-
-def draw(files: list[Path], to: Path):
     rows = {path.stem: columns(path) for path in files}
     width = max(len(panels(found)) for found in rows.values())
-    figure, axes = pyplot().subplots(len(rows), width, figsize=(3.2 * width, 2.6 * len(rows)),
-                                     squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.2 * width, 2.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), width, squeeze=False)
     for line, (stage, found) in zip(axes, rows.items()):
         for axis, (title, names) in zip(line, panels(found).items()):
             for name in names:
@@ -75,7 +61,9 @@ def draw(files: list[Path], to: Path):
             axis.legend(fontsize=7)
         for axis in line[len(panels(found)):]:
             axis.axis("off")
-    save(figure, to)
+    with data.atomic(to) as partial:
+        figure.savefig(partial, dpi=100, format="png")
+    print(f"wrote {to}")
 
 
 @data.program

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import os
 import statistics
 import sys
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
@@ -52,21 +54,15 @@ TEXT = {"small": (512, 1024, 6, 8), "base": (768, 2048, 12, 12), "large": (1024,
 
 # --- Encoders of the real sizes, and pictures -----------------------------------------------------
 
-def build_image_encoder(folder: Path, size: str, registers: bool = False) -> str:
+def build_image_encoder(folder: Path, size: str) -> str:
     """A DINOv2 of that size with random weights, saved as the hub has it; the folder's name."""
-    from transformers import (Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig,
-                              Dinov2WithRegistersModel)
+    from transformers import Dinov2Config, Dinov2Model
     if not (folder / "config.json").exists():
         width, layers, heads = IMAGE[size]
-        settings = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                        image_size=518, patch_size=14, use_swiglu_ffn=size == "giant")
         torch.manual_seed(0)
-        if registers:
-            config = Dinov2WithRegistersConfig(**settings, num_register_tokens=4)
-            network = Dinov2WithRegistersModel(config)
-        else:
-            network = Dinov2Model(Dinov2Config(**settings))
-        network.save_pretrained(folder)
+        Dinov2Model(Dinov2Config(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=518,
+            patch_size=14, use_swiglu_ffn=size == "giant")).save_pretrained(folder)
     return str(folder)
 
 
@@ -158,23 +154,6 @@ def compare(title: str, seconds: dict[str, list[float]], amount: float, unit: st
 
 # --- The stages as they are run -------------------------------------------------------------------
 
-@contextlib.contextmanager
-def every_step(call):
-    """call(n) after the n-th step of an optimizer: how a real run is watched from outside."""
-    step, done = torch.optim.AdamW.step, [0]
-
-    def watched(optimizer, *args, **kwargs):
-        result = step(optimizer, *args, **kwargs)
-        done[0] += 1
-        call(done[0])
-        return result
-    torch.optim.AdamW.step = watched
-    try:
-        yield
-    finally:
-        torch.optim.AdamW.step = step
-
-
 class Measured(Exception):
     """Enough steps were timed."""
 
@@ -186,9 +165,10 @@ def stage(args, name: str, module, argv: list[str], device):
             "--device", args.device, *quiet]
     for flag, value in (("--batch", args.batch), ("--micro-batches", args.micro_batches)):
         argv += [flag, str(value)] if value and (flag, name) != ("--micro-batches", "svae") else []
-    marks, total = [], args.warm + args.runs * args.window
+    marks, done, total = [], itertools.count(1), args.warm + args.runs * args.window
 
-    def mark(step):
+    def mark(*_):                                      # after each step of the optimizer
+        step = next(done)
         if step >= args.warm and (step - args.warm) % args.window == 0:
             marks.append(now(device))
         if step == total and module is dit:            # nobody needs the 15 GB of a DiT-XL
@@ -196,7 +176,7 @@ def stage(args, name: str, module, argv: list[str], device):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     code = 0
-    with every_step(mark), contextlib.suppress(Measured):
+    with register_optimizer_step_post_hook(mark), contextlib.suppress(Measured):
         code = module.main([*argv, "--steps", str(total), *["--no-compile"] * args.no_compile])
     if len(marks) <= args.runs:
         limit = f" in {args.memory_cap:g} GB" if args.memory_cap else ""

@@ -46,7 +46,7 @@ import psvae  # noqa: E402
 import sample  # noqa: E402
 import svae  # noqa: E402
 from notes import convert  # noqa: E402
-from notes.tiny import pretrain_tiny  # noqa: E402
+from notes.checks import bench  # noqa: E402
 from notes.world import world  # noqa: E402
 
 torch.set_num_threads(1)
@@ -110,7 +110,8 @@ class Micro:
 
     def __init__(self, top: Path, steps: int, stages: list[str]):
         self.top, self.seconds, self.reference = top, {}, {}
-        pretrain_tiny.untrained_encoders(top)
+        bench.build_image_encoder(top / "image", "nano")
+        bench.build_text_encoder(top / "text", "nano")
         world.write(top / "world", count=100, workers=1)
         common = (f"--steps {steps} --batch 16 --warmup 2 --log-every 2 --eval-every 9 "
                   f"--save-every {steps // 4} --workers 0 --device cpu").split()

@@ -158,7 +158,7 @@ def figure(lab: Lab, found: dict[str, dict], path: Path, count=8):
              else lab.posterior(space, first)[0])
         rows.append(list(data.to_uint8(lab.decode(space, z))))
         said.append(name)
-    data.save_png(data.grid(rows, [[name] for name in said]), path)
+    data.save_picture(data.grid(rows, [[name] for name in said]), path)
     print(f"wrote {path}")
 
 

@@ -179,11 +179,6 @@ class Autoencoder(nn.Module):
             return z * self.f_std + self.f_mean
         return self.semantic_decoder(z) if self.kind in ("svae", "psvae") else None
 
-    def trained(self) -> list[dict]:
-        """Parameters of stage 2 (those of an S-VAE stay as stage 1 left them)."""
-        parts = [self.pixel_decoder] if self.kind in ("rae", "svae") else [self]
-        return [{"params": [p for part in parts for p in part.parameters() if p.requires_grad]}]
-
 
 # --- Training, kept on disk -----------------------------------------------------------------------
 
@@ -202,12 +197,13 @@ def replace_file(path: Path, write):
 
 
 @torch.enable_grad()           # measurements, which need no gradient, may ask for the training
-def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, decay=0.01,
-        look=None, say="") -> dict:
+def fit(path: Path, model: nn.Module, steps, peak, loss_of, device, decay=0.01, look=None,
+        say="") -> dict:
     """Trains in place, from where `path` stops; loss_of(step) is the loss of its batch. Keeps
     everything in `path`, every SAVE_EVERY seconds and at the end. Returns the "seconds" it took and
     its "curve": what look() gave after each quarter of the steps."""
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay,
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.99), weight_decay=decay,
                                   fused=True)
     kept = {"step": 0, "seconds": 0.0, "curve": []}
     if path.exists():
@@ -221,7 +217,7 @@ def fit(path: Path, model: nn.Module, groups, steps, peak, loss_of, device, deca
             group["lr"] = data.learning_rate(step, steps, min(50, steps // 10), peak)
         loss = loss_of(step)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = kept["step"] = step + 1
@@ -312,8 +308,7 @@ class Lab:
                 same = (known[:, None] == known).all(-1).to(self.device)
                 return pretrain_tiny.contrastive_loss(f, f_plus, 0.1, same)
 
-            groups = [{"params": [p for p in encoder.parameters() if p.requires_grad]}]
-            fit(self.path("blind"), encoder, groups, steps, 3e-4, loss_of, self.device, say="blind")
+            fit(self.path("blind"), encoder, steps, 3e-4, loss_of, self.device, say="blind")
             encoder.requires_grad_(False)
             f = self.features(pictures.x(slice(None)), encoder)
             self.encoders[blind] = encoder, f
@@ -356,8 +351,8 @@ class Lab:
             return psvae.semantic_loss(f_hat, f) + space.beta * psvae.kl_divergence(mu, log_var)
 
         first = replace(space, kind="svae")         # one stage 1 for all kinds that begin with it
-        fit(self.path("stage1", first), parts, [{"params": list(parts.parameters())}], steps, peak,
-            loss_of, self.device, say=f"stage 1 for {space.kind} seed {space.seed}")
+        fit(self.path("stage1", first), parts, steps, peak, loss_of, self.device,
+            say=f"stage 1 for {space.kind} seed {space.seed}")
 
     def autoencoder(self, space: Space) -> Autoencoder:
         """The trained encoder and decoders of a space, and how the PSNR of held-out pictures grew:
@@ -392,7 +387,7 @@ class Lab:
                 loss = loss + psvae.semantic_loss(model.semantic_decoder(z), f)
             return loss
 
-        model.fit = fit(path, model, model.trained(), steps, peak, loss_of, self.device,
+        model.fit = fit(path, model, steps, peak, loss_of, self.device,
                         look=lambda: self.errors(space)[0], say=f"stage 2 {self.name(space)}")
         return model.eval()
 
@@ -471,8 +466,7 @@ class Lab:
             x = self.decode(space, generate(self.scale.prompts))
             return self.judged(x)[:, 0].mean().item()
 
-        found = fit(self.path("stage3", space, predict), model,
-                    [{"params": list(model.parameters())}], steps, peak, loss_of, self.device,
+        found = fit(self.path("stage3", space, predict), model, steps, peak, loss_of, self.device,
                     decay=0.0, look=right, say=f"stage 3 {predict}, {self.name(space)}")
         return generate, found
 

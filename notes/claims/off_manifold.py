@@ -44,6 +44,7 @@ from notes.claims.claims import into_page, spread, table  # noqa: E402
 from sample import ddim_step, sampling_times  # noqa: E402
 
 WIDTH = 256             # of the network, as in the paper
+ALPHA_BAR = dit.schedule_of(data.plain(dit.Config()))
 LEARNING_RATE = 1e-3    # AdamW, constant: an error after n steps is then that of a run of n steps
 EMA = 0.999             # decay of the averaged weights that are sampled, with dit.py's warm-up
 DDIM_STEPS = 50
@@ -139,25 +140,20 @@ class Denoiser(nn.Module):
         return self.head(h if self.residual else F.silu(h))
 
 
-def schedule() -> torch.Tensor:
-    return dit.noise_schedule(*(getattr(dit.Config, name)
-                                for name in ("T", "beta_start", "beta_end", "schedule")))
-
-
 def learn_to_denoise(draw_z_0, d: int, residual: bool, cfg: Config, seed: int):
     """Trains on draw_z_0(n, generator) -> (n, d); yields (steps, averaged model) five times on the
     way."""
     torch.manual_seed(seed)
-    model, average, alpha_bar = Denoiser(d, residual), Denoiser(d, residual), schedule()
+    model, average = Denoiser(d, residual), Denoiser(d, residual)
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
     points, noise = (data.generator(seed, "off_manifold", 0, what) for what in ("points", "noise"))
     for step in range(cfg.steps):
         z_0 = draw_z_0(cfg.batch, points)
-        t = torch.randint(1, len(alpha_bar), (cfg.batch,), generator=noise)
+        t = torch.randint(1, len(ALPHA_BAR), (cfg.batch,), generator=noise)
         eps = torch.randn(z_0.shape, generator=noise)
         # Eq. 22 and 32
-        loss = dit.dit_loss(eps, model(dit.add_noise(z_0, t, eps, alpha_bar), t))
+        loss = dit.dit_loss(eps, model(dit.add_noise(z_0, t, eps, ALPHA_BAR), t))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -175,11 +171,11 @@ def milestones(cfg: Config) -> list[int]:
 @torch.no_grad()
 def draw(model: Denoiser, n: int, d: int, seed: int) -> torch.Tensor:
     """(n, d) by Eq. 34 with eta = 0, always from the same noise."""
-    alpha_bar, times = schedule(), sampling_times(dit.Config.T, DDIM_STEPS)
+    times = sampling_times(dit.Config.T, DDIM_STEPS)
     z_t = torch.randn(n, d, generator=data.generator(seed, "off_manifold", 0, "draw"))
     for t, t_prev in zip(times, times[1:]):
         eps = model(z_t, torch.full((n,), t))
-        z_t, _ = ddim_step(z_t, eps, alpha_bar[t].item(), alpha_bar[t_prev].item(), 0.0, 0)
+        z_t, _ = ddim_step(z_t, eps, ALPHA_BAR[t].item(), ALPHA_BAR[t_prev].item(), 0.0, 0)
     return z_t
 
 
@@ -294,7 +290,7 @@ def figure(runs: dict[str, list[dict]], path: Path, side=96):
     cells = [(picture(true), "true points")]
     cells += [(picture(seeds[0]["points"]), name) for name, seeds in runs.items()]
     rows = [zip(*cells[i:i + 6]) for i in range(0, len(cells), 6)]
-    data.save_png(data.grid(*map(list, zip(*rows))), path)
+    data.save_picture(data.grid(*map(list, zip(*rows))), path)
     print(f"wrote {path}")
 
 

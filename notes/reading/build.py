@@ -44,7 +44,6 @@ from notes.world import world  # noqa: E402
 
 PAGE, EQUATIONS = HERE / "index.html", ROOT / "notes/equations.md"
 UNMARKED = {"1", "3"}                       # claims: shown is what measures them
-LONG = 60                                   # lines; of more, only the block around the equation
 MARKS = "<!-- pictures: begin -->\n", "<!-- pictures: end -->\n"
 
 
@@ -146,12 +145,6 @@ def read_equations() -> list[Section]:
     return sections
 
 
-def read_questions() -> list[tuple[str, str]]:
-    """(question, anchor of its answer)."""
-    found = re.findall(r"^- (.*\?) \((\w+)\)$", EQUATIONS.read_text(encoding="utf-8"), flags=re.M)
-    return [(question, anchor_of(key)) for question, key in found]
-
-
 def insert(sections: list[Section], after: str, item):
     for section in sections:
         for i, other in enumerate(section.items):
@@ -165,6 +158,7 @@ def insert(sections: list[Section], after: str, item):
 
 # --- The files: functions by name, equations by their marks ---------------------------------------
 
+@functools.cache
 class Source:
     """A Python file as lines, as a tree and as coloured tokens."""
 
@@ -212,14 +206,6 @@ class Source:
                 found.append((line, first, last))
         return found
 
-    def block_around(self, node, line: int) -> tuple[int, int]:
-        """The innermost with, for or if around a line."""
-        around = [child for child in ast.walk(node)
-                  if isinstance(child, (ast.With, ast.For, ast.If))
-                  and child.lineno < line <= child.end_lineno]
-        inner = max(around, key=lambda child: child.lineno)
-        return inner.lineno, inner.end_lineno
-
     @functools.cached_property
     def tokens(self) -> list[list[tuple]]:
         """For each line its (kind, text)."""
@@ -233,15 +219,10 @@ class Source:
         return lines
 
 
-@functools.cache
-def source(name: str) -> Source:
-    return Source(name)
-
-
 def locate(where: str):
     """"svae.Projector" or "notes/tiny/pretrain_tiny.contrastive_loss" -> (Source, name, node)."""
     file, name = re.fullmatch(r"((?:\w+/)*\w+)\.([\w.]+)", where).groups()
-    return source(file + ".py"), name, source(file + ".py").find(name)
+    return Source(file + ".py"), name, Source(file + ".py").find(name)
 
 
 # --- Symbols, in formulas and in code -------------------------------------------------------------
@@ -342,19 +323,11 @@ def symbols_of(formula) -> set[str]:
     return found
 
 
-def serialise(math) -> str:
-    return ElementTree.tostring(math, encoding="unicode", short_empty_elements=False)
-
-
 # --- Code as HTML ---------------------------------------------------------------------------------
 
 KINDS = ((Comment, "c"), (String, "s"), (Number, "n"), (Keyword, "k"), (Operator.Word, "k"),
          (Name.Function, "d"), (Name.Class, "d"))
 escape = functools.partial(html.escape, quote=False)
-
-
-def names_in(file: Source, first: int, last: int) -> set[str]:
-    return {text for line in file.tokens[first - 1:last] for kind, text in line if kind in Name}
 
 
 def code_line(file: Source, number: int, indent: int, ties: set[str], classes: str = "",
@@ -404,8 +377,6 @@ def units(row: Row) -> list[dict]:
     for where in row.where:
         file, name, node = locate(where)
         (first, last), marks = file.span(node), file.marks(node, row.key)
-        if last - first >= LONG and marks:
-            first, last = file.block_around(node, marks[0][1])
         shown.append(dict(file=file, name=name, first=first, last=last, marks=marks,
                           text=ast.get_source_segment(file.text, node)))
     if row.key.isdigit() and row.key not in UNMARKED and not any(one["marks"] for one in shown):
@@ -434,7 +405,7 @@ def guarded(row: Row) -> str:
     """The first test whose name speaks of the row's equation, with its first line."""
     if not row.test:
         return ""
-    file = source("test_all.py")
+    file = Source("test_all.py")
     own, shared = row.test, row.test.removeprefix("test")       # test_eq_12_eq_13_… is of both
     tests = [node for node in file.tree.body if isinstance(node, ast.FunctionDef)
              and (node.name.startswith(own) or shared in node.name)]
@@ -478,7 +449,8 @@ def equation(row: Row, known: dict[str, str]) -> str:
     formulas = [mathml(latex, known) for latex in row.formulas]
     shown = units(row)
     here = set().union(*map(symbols_of, formulas))
-    names = set().union(*(names_in(one["file"], one["first"], one["last"]) for one in shown))
+    names = {text for one in shown for line in one["file"].tokens[one["first"] - 1:one["last"]]
+             for kind, text in line if kind in Name}
     here.discard("eps" if "noise" in names else "eps_theta")       # ddim_step's eps is ε_θ
     ties = {key for key in here if names & set(SYMBOLS[key][1])}
     for element in (one for formula in formulas for one in formula.iter()):
@@ -504,12 +476,9 @@ def number(anchor: str, shown: str) -> str:
     return f'<a class="no" href="#{anchor}" title="copy the link">{shown}</a>'
 
 
-def strip(text: str) -> str:
-    return re.sub(r' data-s="[^"]*"', "", text)
-
-
 def inside(math) -> str:
-    return "".join(serialise(child) for child in math)
+    return "".join(ElementTree.tostring(child, encoding="unicode", short_empty_elements=False)
+                   for child in math)
 
 
 def loop(item: Loop) -> str:
@@ -560,10 +529,6 @@ def text_part() -> tuple[str, str]:
     """The page before and after its pictures: a function of the sources alone."""
     known = formulas_of(PAGE)
     sections = read_equations()
-    numbers = [item.key for section in sections for item in section.items
-               if isinstance(item, Row) and item.key.isdigit()]
-    if numbers != [str(n) for n in range(1, 35)]:
-        raise Stale(f"{EQUATIONS.name}: the equations are {numbers}, not 1 to 34 in order")
     contents = body = ""
     for section in sections:
         entries = "".join(entry(item) for item in section.items)
@@ -574,8 +539,9 @@ def text_part() -> tuple[str, str]:
                  f'{f"<p class=path>{way}</p>" if way else ""}<p>{prose(section.idea)}</p></header>'
                  + "\n" + "".join(equation(item, known) if isinstance(item, Row) else loop(item)
                                   for item in section.items) + "</section>\n")
-    questions = "".join(f'<li><a href="#{anchor}">{prose(question)}</a></li>'
-                        for question, anchor in read_questions())
+    asked = re.findall(r"^- (.*\?) \((\w+)\)$", EQUATIONS.read_text(encoding="utf-8"), flags=re.M)
+    questions = "".join(f'<li><a href="#{anchor_of(key)}">{prose(question)}</a></li>'
+                        for question, key in asked)
     stages = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     frame, style, script = ((HERE / f"page.{end}").read_text(encoding="utf-8")
                             for end in ("html", "css", "js"))
@@ -590,7 +556,8 @@ def formulas_of(page: Path) -> dict[str, str]:
         return {}
     kept = re.findall(r'<math display="block" alttext="([^"]*)">(.*?)</math>',
                       page.read_text(encoding="utf-8"))
-    return {html.unescape(latex): f'<math>{strip(text)}</math>' for latex, text in kept}
+    return {html.unescape(latex): re.sub(r' data-s="[^"]*"', "", f"<math>{text}</math>")
+            for latex, text in kept}
 
 
 def split(page: str) -> tuple[str, str, str]:
@@ -633,14 +600,6 @@ def moving(name: str, label: str, count: int, start: int, rows, caption: str,
             f'<input type="range" id="move-{name}" min="0" max="{count - 1}" value="{start}">'
             f'<output for="move-{name}"></output></p>'
             f'<figcaption>{lowered(caption)}</figcaption></figure>')
-
-
-def svg(box: str, what: str, *parts: str) -> str:
-    return f'<svg viewBox="{box}" role="img" aria-label="{what}">{"".join(parts)}</svg>'
-
-
-def text(x: float, y: float, words) -> str:
-    return f'<text x="{x:g}" y="{y:g}">{words}</text>'
 
 
 PLAIN = {                   # by equation: arguments of moving()
@@ -693,13 +652,12 @@ def bell(mu: float, sigma: float) -> str:
 
 def kl_figure() -> str:
     width, height = KL_BOX
-    ticks = (text((z + 5) * width / 10, height + 6, str(z).replace("-", "−"))
-             for z in (-4, -2, 0, 2, 4))
-    drawn = svg(f"0 0 {width} {height + 10}",
-                "the bell curves of N(0, 1) and of N(mu, sigma squared)",
-                f'<path class="axis" d="M0,{height - 10}H{width}"/>', *ticks,
-                f'<path class="prior" d="{bell(0, 1)}"/>',
-                f'<path class="posterior" d="{bell(1, 0.5)}"/>')
+    ticks = "".join(f'<text x="{(z + 5) * width / 10:g}" y="{height + 6}">{shown}</text>'
+                    for z, shown in ((-4, "−4"), (-2, "−2"), (0, "0"), (2, "2"), (4, "4")))
+    drawn = (f'<svg viewBox="0 0 {width} {height + 10}" role="img" aria-label="the bell curves of '
+             f'N(0, 1) and of N(mu, sigma squared)"><path class="axis" d="M0,{height - 10}H{width}"/>'
+             f'{ticks}<path class="prior" d="{bell(0, 1)}"/>'
+             f'<path class="posterior" d="{bell(1, 0.5)}"/></svg>')
     sliders = "".join(
         f'<p class="move"><label for="kl-{name}">{symbol}</label><input type="range" '
         f'id="kl-{name}" min="{low}" max="3" step="0.05" value="{value}">'
@@ -714,7 +672,7 @@ def kl_figure() -> str:
 
 def gradient_table() -> str:
     """The comment above psvae_loss that says which term teaches which part."""
-    lines, title = source("psvae.py").lines, "who gets a gradient"
+    lines, title = Source("psvae.py").lines, "who gets a gradient"
     top = next((i for i, line in enumerate(lines) if title in line), None)
     if top is None:
         raise Stale(f"psvae.py has no table of {title}")
@@ -751,7 +709,6 @@ class Studio:
 
     def __init__(self):
         self.pipe = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
-        self.guidance = sample.PRESETS.get(self.pipe.config["preset"], {}).get("guidance", 7.5)
         scenes = [world.scene(i, "val") for i in range(64)]
         self.caption = world.caption(scenes[0], world.generator("caption", 0, "page", 0))
         edits = {edit[3]: edit for edit in (world.edit(i, "val") for i in reversed(range(100)))}
@@ -768,13 +725,6 @@ class Studio:
 
     def tensor(self, pixels):
         return data.to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2), "cpu")
-
-    def ddim(self, z_T, c, mask, times, s, s_image=1.0, eta=0.0, source=None, generators=()):
-        """[predicted z_0 of each step]."""
-        pipe, frames = self.pipe, []
-        sample.ddim(pipe.dit, z_T, c, mask, pipe.alpha_bar, times, s, s_image, eta, source,
-                         generators, frames, pipe.config["predict"])
-        return [z_0 for _, z_0 in frames]
 
     def features(self):
         f = data.load_image_encoder(data.TINY_IMAGE_ENCODER)(self.x)
@@ -794,28 +744,21 @@ class Studio:
         return [data.pca_colours(self.z_0, z_t, size=64)[1], self.pipe.decode(z_t)], words
 
     def guess(self):
-        c, mask = self.pipe.text_encoder([self.caption, ""])
-        T, z_t, guesses = self.pipe.config["T"], [], []
-        for t in (t * T // 1000 for t in TIMES):
-            z_t.append(self.noised(t, self.pipe.alpha_bar))
-            guesses += self.ddim(z_t[-1], c, mask, [max(1, t), 0], 1.0)
-        decoded = [self.pipe.decode(torch.cat(one)) for one in (z_t, guesses)]
+        pipe, z_t, guesses = self.pipe, [], []
+        c, mask = pipe.text_encoder([self.caption, ""])
+        for t in (t * pipe.config["T"] // 1000 for t in TIMES):
+            z_t.append(self.noised(t, pipe.alpha_bar))
+            guesses.append(sample.ddim(pipe.dit, z_t[-1], c, mask, pipe.alpha_bar, [max(1, t), 0],
+                                       1.0, predict=pipe.config["predict"]))
+        decoded = [pipe.decode(torch.cat(one)) for one in (z_t, guesses)]
         return [*decoded, [self.pixels[0]] * len(TIMES)], [str(t) for t in TIMES]
 
-    def steps(self, prompts, eta: float, sources=None, steps: int = 50):
+    def steps(self, prompts, eta: float, sources=None):
         """rows[prompt][step]: the predicted z_0 of each step, decoded; the last is the picture."""
-        pipe = self.pipe
-        c, mask = pipe.text_encoder([*prompts, *[""] * len(prompts)])
-        generators = [data.generator(0, "sample", 0, "z_T") for _ in prompts]
-        z_T = sample.draw(generators, torch.empty(len(prompts), *pipe.latent_shape))
-        source = None
-        if sources is not None:
-            mu, _ = pipe.psvae.encode(self.tensor(sources))
-            source = dit.normalise(mu, pipe.mean, pipe.variance)
-        times = sample.sampling_times(pipe.config["T"], steps)
-        frames = self.ddim(z_T, c, mask, times, self.guidance, 1.5, eta, source, generators)
-        words = [f"{i + 1} of {steps}, t = {t}" for i, t in enumerate(times[:-1])]
-        return list(zip(*map(pipe.decode, frames))), words
+        film = []
+        self.pipe(list(prompts), [0] * len(prompts), sources, eta=eta, film=film)
+        words = [f"{i + 1} of {len(film)}, t = {t}" for i, (t, _) in enumerate(film)]
+        return list(zip(*(self.pipe.decode(z_0) for _, z_0 in film))), words
 
     def film(self):
         rows, words = self.steps(PROMPTS, 0.0)

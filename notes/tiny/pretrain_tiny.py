@@ -170,20 +170,6 @@ def retrieval(pair: Pair, encoder: data.TextEncoder, pictures: data.Pictures, ca
     return float(np.mean([texts[i] == texts[j] for i, j in enumerate(best.tolist())]))
 
 
-def untrained_encoders(top: Path):
-    """Untrained encoders of the true architectures, as transformers saves them, in top/image and
-    top/text: for tests."""
-    from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=28,
-                             patch_size=14)).save_pretrained(top / "image")
-    tokenizer = build_tokenizer(["a red circle above a blue square", "make the star green"] * 3, 400)
-    T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, d_kv=16, num_heads=2,
-                            num_layers=2, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-                            decoder_start_token_id=0)).save_pretrained(top / "text")
-    tokenizer.save_pretrained(top / "text")
-
-
 def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextEncoder]:
     """Both encoders from nothing, by Eq. 2 on the three pairs, and by reading."""
     from transformers import Dinov2Config, Dinov2Model, T5Config, T5EncoderModel

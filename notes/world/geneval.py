@@ -224,9 +224,7 @@ def load(args):
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    preset = sample.PRESETS.get(pipeline.config["preset"], {})
-    settings = {name: preset.get(name, getattr(sample.Config, name))
-                for name in ("guidance", "steps", "image_guidance", "eta")}
+    settings = {"steps": sample.Config.steps, **pipeline.defaults}
     return pipeline, f"{folder}, step {pipeline.step:,}", settings
 
 
@@ -239,7 +237,7 @@ def save(results, failures, out, heads=None):
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
     if failures:
-        data.save_png(data.grid(*map(list, zip(*failures)), heads, least=2 * CANVAS),
+        data.save_picture(data.grid(*map(list, zip(*failures)), heads, least=2 * CANVAS),
                       out.with_suffix(".png"))
 
 

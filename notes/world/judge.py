@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from notes.world.world import (BACKGROUNDS, CANVAS, COLOURS, LOOK, SHAPES, SIZES,  # noqa: E402
@@ -78,35 +79,7 @@ def templates():
     return out, (out ** 2).sum((3, 4)), np.repeat(edges, len(SOFTNESS))
 
 
-def regions(mask):
-    """Connected regions of a bool (H, W), diagonals included: numbered from 1, else 0; how many."""
-    step = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    runs = [(y, a, b) for (y, a), b in zip(np.argwhere(step == 1).tolist(),
-                                           np.nonzero(step == -1)[1].tolist())]
-    parent = list(range(len(runs)))   # a union-find over the runs of the rows
-
-    def root(k):
-        while parent[k] != k:
-            k = parent[k]
-        return k
-
-    rows = collections.defaultdict(list)
-    for k, (y, a, b) in enumerate(runs):
-        for j in rows[y - 1]:
-            if runs[j][1] <= b and a <= runs[j][2]:
-                parent[root(j)] = root(k)
-        rows[y].append(k)
-    labels, names = np.zeros(mask.shape, np.int32), {}
-    for k, (y, a, b) in enumerate(runs):
-        labels[y, a:b] = names.setdefault(root(k), len(names) + 1)
-    return labels, len(names)
-
-
-def grow(mask, by=1):
-    """Every pixel within `by` of the mask, diagonals included."""
-    padded = np.pad(mask, by)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * by + 1, 2 * by + 1))
-    return windows.any((2, 3))
+EIGHT = np.ones((3, 3), bool)   # a pixel's neighbours, diagonals included
 
 
 def read(picture):
@@ -126,7 +99,8 @@ def read(picture):
         return None
     # On an edge the wrong colour may be nearest:
     # it only counts whether any object's colour beats this background.
-    labels, count = regions(distance[:, :, len(BACKGROUND_RGB):].min(-1) < distance[:, :, back])
+    labels, count = ndimage.label(
+        distance[:, :, len(BACKGROUND_RGB):].min(-1) < distance[:, :, back], EIGHT)
     objects, edges, rest = [], np.zeros(labels.shape, bool), rgb - base
     for label in range(1, count + 1):
         if np.count_nonzero(labels == label) < SPECK:
@@ -137,7 +111,7 @@ def read(picture):
         o, colour, window, coverage = found
         objects.append(o)
         rest[window] -= coverage[..., None] * colour
-        edges[window] |= grow((coverage > 0.02) & (coverage < 0.98), 2)
+        edges[window] |= ndimage.binary_dilation((coverage > 0.02) & (coverage < 0.98), EIGHT, 2)
     # What is left unexplained: noise all over, or a ghost in one place.
     rest *= ~edges[..., None]
     if np.sqrt((rest ** 2).sum() / max(1, 3 * np.count_nonzero(~edges))) > FLATNESS:
@@ -192,7 +166,8 @@ def _match(rgb, base, labels, label):
     # Coverage: how far each pixel is on the way from the background to that colour.
     # Other regions are left out.
     near = (slice(max(0, ys.min() - 3), ys.max() + 4), slice(max(0, xs.min() - 3), xs.max() + 4))
-    others = grow((labels > 0) & ~mask, 2) & ~grow(mask)
+    others = (ndimage.binary_dilation((labels > 0) & ~mask, EIGHT, 2)
+              & ~ndimage.binary_dilation(mask, EIGHT))
     alpha = np.zeros(labels.shape, np.float32)
     alpha[near] = ((rgb @ way) / (way @ way) * ~others)[near]
     middle, total = np.arange(CANVAS) + 0.5, max(float(alpha.sum()), 1e-6)

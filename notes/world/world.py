@@ -28,7 +28,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -302,11 +301,9 @@ def noun(o, told, rng, plural=False):
     adjectives = [say(getattr(o, name), rng) for name in ("size", "style", "colour")
                   if name in told]
     word = say(o.shape, rng)
-    return " ".join([*adjectives, many(word) if plural else word])
-
-
-def many(word):
-    return word + ("es" if word.endswith(("s", "x")) else "s")
+    if plural:
+        word += "es" if word.endswith(("s", "x")) else "s"
+    return " ".join([*adjectives, word])
 
 
 def where_is(o):

@@ -1371,7 +1371,7 @@ def test_the_contact_sheet_shows_no_picture_under_the_caption_of_another(tmp_pat
     picture(tmp_path / "in/a.png"), touch(tmp_path, "in/b.png")
     sheets = []
     monkeypatch.setattr(data, "grid", lambda rows, captions: sheets.append(captions))
-    monkeypatch.setattr(data, "save_png", lambda *_: None)
+    monkeypatch.setattr(data, "save_picture", lambda *_: None)
     data.main(["--data", str(tmp_path / "in"), "--out", str(tmp_path)])
     assert sheets == [[("a",)]]
 

@@ -63,8 +63,11 @@ class Config:
 
 PRESETS = {                                 # by the preset of dit.pt
     "full": {},
-    "tiny": dict(guidance=3.0, eta=1.0),
+    # DEVIATION (tiny): the guide samples with sigma_t = 0. With most of the noise fresh at every
+    # step, a small DiT's errors do not add up: 89 % of its pictures are right, with eta = 1 85.
+    "tiny": dict(guidance=3.0, eta=2.0),
 }
+EDITS = {"tiny": dict(eta=1.0)}             # for edits, where that noise changes too much
 SHIPPED = data.HERE / "notes/tiny"
 
 
@@ -201,9 +204,10 @@ class Pipeline:
                      and data.has_bf16(self.device))
         self.size, self.latent_shape = psvae["config"]["image_size"], (grid, grid, z_dim)
         self.alpha_bar = schedule_of(self.config)      # (T + 1,) float64
-        own = PRESETS.get(self.config["preset"], {})
-        self.defaults = {name: own.get(name, getattr(Config, name))
-                         for name in ("guidance", "image_guidance", "eta")}
+        preset = self.config["preset"]
+        own = {name: getattr(Config, name) for name in ("guidance", "image_guidance", "eta")}
+        own |= PRESETS.get(preset, {})
+        self.defaults = {False: own, True: own | EDITS.get(preset, {})}     # is it an edit?
 
     @functools.cached_property
     def psvae(self):
@@ -219,7 +223,8 @@ class Pipeline:
         guidance, image_guidance and eta: by default those of the model's preset.
         """
         typed = {"guidance": guidance, "image_guidance": image_guidance, "eta": eta}
-        own = self.defaults | {name: value for name, value in typed.items() if value is not None}
+        own = dict(self.defaults[sources is not None])
+        own |= {name: value for name, value in typed.items() if value is not None}
         # bf16 on CUDA, as in training; noise and z_t stay in fp32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             # 1. Encode text
@@ -277,7 +282,7 @@ def main(argv: list[str] | None = None):
     if cfg.image and not Path(cfg.image).is_file():
         raise data.UserError(f"{data.printable(cfg.image)}: no such file.")
     pipeline = Pipeline(folder, data.pick_device(cfg.device))
-    cfg = Config(**pipeline.defaults | typed)
+    cfg = Config(**pipeline.defaults[bool(cfg.image)] | typed)
     config, name = pipeline.config, "the shipped model" if folder == SHIPPED else folder
     data.say(f"{name}: {config['preset']} preset, {pipeline.step:,} steps, {pipeline.size} px")
     if cfg.steps > config["T"]:

@@ -2099,13 +2099,19 @@ def test_words_that_no_caption_has_are_named_with_the_nearest_known(trained):
     assert "'hexagon' is none of the" in said[1] and not list(pipeline.remarks("a red circle"))
 
 
-def test_from_python_guidance_and_eta_are_those_of_the_models_preset(trained):
+def test_guidance_and_eta_are_those_of_the_models_preset_for_pictures_or_edits(trained, tmp_path):
     pipeline, asked = sample.Pipeline(str(trained)), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "ddim", lambda *args: asked.append(args[6:9]) or args[1])
         pipeline(["a red circle"], [0])
         pipeline(["a red circle"], [0], guidance=2.0, eta=0.5)
-    assert asked == [(3.0, 1.5, 1.0), (2.0, 1.5, 0.5)]
+        pipeline(["make it red"], [0], np.zeros((1, 32, 32, 3), np.uint8))
+        name = picture(tmp_path / "a.png")
+        for words in ([], ["--image", name], ["--image", name, "--eta", 0.5]):
+            argv = ["--prompt", "a", "-n", 1, "--model", trained, "--out", tmp_path / "x.png", *words]
+            assert sample.main(list(map(str, argv))) == 0
+    draws, edits = (3.0, 1.5, 2.0), (3.0, 1.5, 1.0)
+    assert asked == [draws, (2.0, 1.5, 0.5), edits, draws, edits, (3.0, 1.5, 0.5)]
 
 
 def test_an_image_is_edited_and_shown_beside_the_result(trained, tmp_path):
@@ -2477,8 +2483,7 @@ DRAWN, EDITED = 12, 5
 
 
 def test_the_shipped_model_draws_what_it_is_told():
-    pipeline, settings = (sample.Pipeline(sample.SHIPPED, torch.device("cpu")),
-                          {"steps": sample.Config.steps, **sample.PRESETS["tiny"]})
+    pipeline = sample.Pipeline(sample.SHIPPED, torch.device("cpu"))
     # z becomes 2 z + 1: only normalised it is as it was
     whole, decoder = pipeline.psvae, pipeline.pixel_decoder
     pipeline.psvae = SimpleNamespace(encode=lambda x: (2 * whole.encode(x)[0] + 1, None))
@@ -2486,12 +2491,12 @@ def test_the_shipped_model_draws_what_it_is_told():
     pipeline.mean, pipeline.variance = 2 * pipeline.mean + 1, 4 * pipeline.variance
     asked = geneval.prompts()[::35]
     assert len(asked) == 16 and {row["task"] for row in asked} == set(geneval.TASKS)
-    drawn = pipeline([row["text"] for row in asked], range(16), **settings)
+    drawn = pipeline([row["text"] for row in asked], range(16))
     good = [judge.check(judge.read(picture), row["requirement"]) for picture, row in zip(drawn, asked)]
     assert sum(good) >= DRAWN, [row["text"] for row, right in zip(asked, good) if not right]
     asked = editbench.triples("val", 8)
     sources = np.stack([editbench.draw(row["source"]) for row in asked])
-    drawn = pipeline([row["instruction"] for row in asked], range(8), sources, **settings)
+    drawn = pipeline([row["instruction"] for row in asked], range(8), sources)
     good = [all(editbench.judge_edit(row, judge.read(picture))) for picture, row in zip(drawn, asked)]
     assert sum(good) >= EDITED, [row["instruction"] for row, right in zip(asked, good) if not right]
 

@@ -216,7 +216,7 @@ def main():
     args = parser.parse_args()
     count = args.count // 4 if args.quick else args.count
     asked = triples("val", count) + triples("heldout", count)
-    pipeline, name, own = load(args)
+    pipeline, name, own = load(args, edit=True)
     if not pipeline.edits:
         parser.error(f"the model ({name}) was trained without edits")
     results, shown = [], None

@@ -211,8 +211,8 @@ def parser_of(doc, settings, out):
     return parser
 
 
-def load(args):
-    """(pipeline, its name, the settings that sample.py would use with it)."""
+def load(args, edit=False):
+    """(pipeline, its name, the settings that sample.py would use with it, for edits or not)."""
     import data
     import sample
     folder = sample.find_model(args.model)
@@ -224,7 +224,7 @@ def load(args):
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    settings = {"steps": sample.Config.steps, **pipeline.defaults}
+    settings = {"steps": sample.Config.steps, **pipeline.defaults[edit]}
     return pipeline, f"{folder}, step {pipeline.step:,}", settings
 
 

@@ -378,9 +378,8 @@ def _from_table(whole: Folder, table: str, index: dict[str, str], numbers: dict[
         raise ValueError(f"{value!r} {'leaves the folder' if leaves else 'is no picture there'}")
 
     with _open(whole.root / table) as lines:
-        mark = ""
-        if _kind(table) == ".jsonl":
-            rows = map(json.loads, filter(str.strip, lines))           # blank lines are none
+        if _kind(table) == ".jsonl":                   # blank lines are none
+            mark, rows = None, map(json.loads, filter(str.strip, lines))
         else:
             csv.field_size_limit(2**31 - 1)            # a caption may be long
             head = lines.readline()

@@ -890,9 +890,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in state["state"].items():
             p = parameters[i]
-            optimizer.state[p] = own = {
-                name: torch.empty_like(p).copy_(value.view_as(p)) if name != "step"
-                else p.new_tensor(float(value)) for name, value in moments.items()}
+            own = {name: torch.empty_like(p).copy_(moments[name].view_as(p))
+                   for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": p.new_tensor(float(moments["step"])), **own}
             if not all(torch.isfinite(value).all() for value in own.values()):
                 raise ValueError("its optimizer holds NaN or infinite values")
         if not optimizer.state:                        # it would start from 0, with a jump

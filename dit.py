@@ -67,7 +67,6 @@ class Config:
     batch: int = 256                        # latents a step, over all processes
     micro_batches: int = 1                  # gradient accumulation: parts of a process's batch
     learning_rate: float = 1e-4             # peak, after warm-up; AdamW
-    muon: float = 0.0                       # Muon for the blocks' matrices, at this multiple; 0: no
     weight_decay: float = 0.0               # of AdamW
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
     clip: float = 1.0                       # gradient clipping: maximum norm
@@ -542,39 +541,6 @@ def load_dit(path: Path, device="cpu") -> tuple[DiT, dict]:
         return data.rebuild(make, checkpoint["ema"], path).to(device), checkpoint
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but the last group, matrices of (D, k D) or (k D, D), takes Muon's steps (Jordan et
-    al. 2024): the momentum with all its singular values near 1, so that what the data show rarely
-    is learned as fast as what they show often. Here each square of D x D is taken by itself.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        groups, matrices = self.param_groups, self.param_groups[-1]
-        self.param_groups = groups[:-1]
-        super().step()
-        self.param_groups = groups
-
-        rate, D = matrices["lr"], min(matrices["params"][0].shape)
-        squares = []
-        for p in matrices["params"]:
-            if p not in self.state:
-                self.state[p] = {"exp_avg": torch.zeros_like(p)}
-            average = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)
-            momentum = p.grad.lerp(average, 0.95)                           # Nesterov's
-            squares.append((momentum if p.shape[1] == D else momentum.T).reshape(-1, D, D))
-        x = torch.cat(squares)
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(3):              # x = 3.4445 x - 4.775 (x x^T) x + 2.0315 (x x^T)^2 x
-            y = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-        for p, move in zip(matrices["params"], x.split([len(part) for part in squares])):
-            move = move.flatten(0, 1)                                       # (k D, D)
-            p.mul_(1 - rate * matrices["weight_decay"])
-            # An orthogonal square's entries are 1 / sqrt(D) large; AdamW's steps are 0.2 or so.
-            p.sub_(move if p.shape[1] == D else move.T, alpha=rate * 0.2 * D ** 0.5)
-
-
 def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     """Latents and texts, the model, its average and its optimizer, at the checkpoint's step."""
     path = run.out / "dit.pt"
@@ -597,16 +563,8 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
     if cfg.whiten_text and not checkpoint:
         model.text_shift[:], model.text_map[:] = texts.whitening()
     ema = copy.deepcopy(model.state_dict())
-    settings = dict(betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)   # see svae.py
-    optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    if cfg.muon:
-        # DEVIATION (--muon): Muon moves the matrices of attention and FFN. 500 of its steps
-        # do what AdamW needs 750 for, and take a seventh more time each.
-        inside = [p for block in model.blocks for part in (block.attention, block.cross, block.ffn)
-                  for p in part.parameters() if p.dim() == 2]
-        others = [p for p in model.parameters() if all(p is not q for q in inside)]
-        optimizer = Muon([{"params": others, "scale": 1.0},
-                          {"params": inside, "scale": cfg.muon}], **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99),    # see svae.py
+                                  weight_decay=cfg.weight_decay, fused=True)
     if checkpoint:
         with data.reading(path):
             if checkpoint["text_fingerprint"] != texts.fingerprint:

@@ -259,7 +259,7 @@ class Pipeline:
         for word in dict.fromkeys(re.findall(r"\w+", prompt.lower())) if self.vocabulary else ():
             if word not in self.vocabulary:
                 near = difflib.get_close_matches(word, self.vocabulary, 1, cutoff=0.5)
-                yield (f"{word!r} is none of the {len(self.vocabulary):,} words that the model knows"
+                yield (f"{word!r} is none of the {len(self.vocabulary):,} words the model knows"
                        + (f"; the nearest word is {near[0]!r}" if near else ""))
 
 

@@ -13,7 +13,6 @@ import csv
 import gc
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -139,7 +138,7 @@ COMMON = ("--steps 7 --batch 48 --warmup 2 --log-every 2 --eval-every 5 --save-e
           "--workers 0 --device cpu").split()
 SVAE = ["--preset", "tiny", "--image-size", "32", "--z-dim", "8", "--count", "100", *COMMON]
 PSVAE = ["--widths", "8,8,8,8", "--latents", "both", *COMMON]
-DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", "--muon", "3", *COMMON]
+DIT = ["--width", "32", "--depth", "2", "--heads", "2", "--max-tokens", "24", *COMMON]
 
 
 def stage_flags(stage, encoders):
@@ -2365,50 +2364,6 @@ def test_eq_32_t_is_1_to_T_and_a_source_normalised_wherever_the_network_sees_the
     assert len(sources) > 32 and distance.max() < 0.01 * sources.norm(dim=1).mean()
 
 
-def test_muon_moves_every_square_by_its_momentum_with_singular_values_near_1():
-    wide, tall, square, vector = (torch.nn.Parameter(torch.randn(*shape)) for shape in
-                                  ((4, 8), (12, 4), (4, 4), (5,)))
-    other = torch.nn.Parameter(vector.detach().clone())
-    settings = dict(lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
-    muon = dit.Muon([{"params": [vector]}, {"params": [wide, tall, square], "lr": 0.3}], **settings)
-    adamw = torch.optim.AdamW([other], **settings)
-    by_hand = [[p.detach().double(), torch.zeros(p.shape).double()] for p in (wide, tall, square)]
-    for _ in range(3):
-        for p in (wide, tall, square, vector):
-            p.grad = torch.randn(p.shape)
-        other.grad = vector.grad
-        muon.step()
-        adamw.step()
-        for part, p in zip(by_hand, (wide, tall, square)):
-            part[1] = 0.95 * part[1] + 0.05 * p.grad.double()
-            momentum = 0.95 * part[1] + 0.05 * p.grad.double()
-            part[0] = part[0] - 0.3 * 0.5 * part[0]
-            for i, j in itertools.product(range(0, p.shape[0], 4), range(0, p.shape[1], 4)):
-                u, s, v = torch.linalg.svd(momentum[i:i + 4, j:j + 4])
-                s = s / s.norm()
-                for _ in range(3):                      # towards 1, all of them
-                    s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
-                part[0][i:i + 4, j:j + 4] -= 0.3 * 0.2 * 4 ** 0.5 * u @ s.diag() @ v
-            same(p.detach(), part[0], 1e-4)
-    assert torch.equal(vector, other) and set(muon.state[wide]) == {"exp_avg"}
-
-
-def test_muon_moves_the_matrices_of_attention_and_ffn_at_its_own_rate(copy, encoders, monkeypatch):
-    seen, step = [], dit.Muon.step
-    monkeypatch.setattr(dit.Muon, "step", lambda muon: seen.append(muon) or step(muon))
-    out = copy("latents", "psvae.pt")
-    assert dit.main([*DIT, "--text-encoder", encoders[1], "--out", str(out)]) == 0
-    others, matrices = seen[0].param_groups
-    blocks = state(out / "dit.pt")["config"]["depth"]
-    shapes = [[4, 1], *[[width, 1] for width in (3, 1, 1, 2, 1)], [1, 4]]   # of a block, over D
-    D = state(out / "dit.pt")["config"]["width"]
-    found = sorted([length // D for length in p.shape] for p in matrices["params"])
-    assert found == sorted(blocks * shapes) and matrices["lr"] == 3 * others["lr"] > 0
-    model = state(out / "dit.pt")["model"]
-    whole = sum(p.numel() for group in (others, matrices) for p in group["params"])
-    assert whole == sum(p.numel() for name, p in model.items() if not name.startswith("text_"))
-
-
 @pytest.mark.parametrize("given", ["", "--data"])
 @pytest.mark.parametrize("stage", ["svae", "psvae"])
 def test_a_folder_is_flipped_and_cropped_and_the_built_in_world_never(stage, given, wired, encoders,
@@ -2868,8 +2823,7 @@ def test_what_ships_was_made_by_the_printed_commands(stage):
     further = re.findall(rf"python {stage.__name__}\.py --steps (\d+)", text)
     cfg = stage.Config(**stage.PRESETS["tiny"], preset="tiny")
     cfg = replace(cfg, steps=int(further[-1])) if further else cfg
-    made_with = data.configure(stage.Config, stage.PRESETS, {}, saved=checkpoint["config"])
-    assert made_with == cfg and checkpoint["step"] == cfg.steps
+    assert checkpoint["config"] == data.plain(cfg) and checkpoint["step"] == cfg.steps
 
 
 # --- Under fire: reliability.py in short, and a test for each thing that broke under the long form 

@@ -16,14 +16,9 @@ when they leave the loader and float in [-1, 1] from then on; features and laten
 (B, h, w, channels), as the guide writes them.
 """
 
-import contextlib
-import signal
-
-with contextlib.suppress(ValueError):                  # Ctrl-C while libraries load: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import ast                                             # lists that Python printed into a table
+import contextlib
 import csv
 import errno
 import functools
@@ -39,10 +34,10 @@ import posixpath                                       # names have "/" on Windo
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
-import typing
 import unicodedata
 import warnings
 import zlib                                            # crc32: alike in every run, unlike hash()
@@ -57,9 +52,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
-
-with contextlib.suppress(ValueError):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).resolve().parent                 # the clone, wherever the command is typed
 FORMAT = 1                     # of checkpoints; another number is refused, never guessed at
@@ -652,7 +644,7 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """sha256 over the beginning of every weight, in bf16: alike on every device, and quick."""
         digest = hashlib.sha256()
-        for value in self.network.state_dict().values():       # whatever their names: renamed()
+        for value in self.network.state_dict().values():       # whatever their names
             head = value.flatten()[:1024].bfloat16().view(torch.int16).cpu()
             digest.update(f"{tuple(value.shape)}".encode())
             digest.update(head.numpy().tobytes())
@@ -790,12 +782,10 @@ RESTORE = "Restore it, or start over with --fresh."
 @contextlib.contextmanager
 def atomic(path: Path):
     """Yields a temporary path, moved to `path` when the block ends well: never half a file. A link
-    is followed to its file; a device, a pipe or a folder is never replaced."""
+    is followed to its file."""
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.partial")  # beside it: a move inside one disk is atomic
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is there, and is no file. Choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with open(partial, "ab") as file:              # flushed before the move; Windows wants "a"
@@ -823,7 +813,8 @@ def reading(path: Path, then: str = RESTORE):
 
 def save(path: Path, stage: str, cfg, **parts):
     """Writes a checkpoint: one dict of plain types and tensors, see load."""
-    checkpoint = {"format": FORMAT, "stage": stage, "config": plain(cfg), "versions": versions()}
+    versions = {name: importlib.metadata.version(name) for name in (*NEEDED, "numpy")}
+    checkpoint = {"format": FORMAT, "stage": stage, "config": plain(cfg), "versions": versions}
     with atomic(path) as partial:
         torch.save(checkpoint | parts, partial)
 
@@ -840,63 +831,30 @@ def load(path: Path, stage: str, before: str = "") -> dict:
         for key, needed in (("format", FORMAT), ("stage", stage)):
             if checkpoint[key] != needed:
                 raise ValueError(f"{key} {checkpoint[key]!r}; needed: {needed!r}")
-        if not (isinstance(checkpoint["step"], int) and isinstance(checkpoint["config"], dict)):
-            raise ValueError("step or config is of another type")
     return checkpoint
 
 
 def load_weights(module: nn.Module, state: dict, path: Path):
-    """Copies weights into the module's own storage: all of them, of the right shapes, finite."""
+    """Copies weights into the module's own storage: all of them, of the right shapes, finite.
+    transformers renames parts of its networks at times (Dinov2's attention between 5.17 and 5.24);
+    their order stays."""
     with reading(path):
-        module.load_state_dict(renamed(module, state, path))
+        own = module.state_dict()
+        others = [pair for pair in zip(own, state) if pair[0] != pair[1]]
+        if own.keys() != state.keys() and len(own) == len(state) and all(
+                "network." in name for pair in others for name in pair):
+            state = dict(zip(own, state.values()))
+        module.load_state_dict(state)
         for name, value in module.state_dict().items():  # else NaN would spread silently
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def rebuild(make, state: dict, path: Path) -> nn.Module:
-    """make() with the weights of a checkpoint, in eval mode. A small file can declare a huge
-    network: shapes are compared first where weights take no memory."""
-    with reading(path):
-        with torch.device("meta"):
-            renamed(make(), state, path)
-        module = make()                                # now with memory
+    """make() with the weights of a checkpoint, in eval mode."""
+    module = make()
     load_weights(module, state, path)
     return module.eval().requires_grad_(False)
-
-
-def renamed(module: nn.Module, state: dict, path: Path) -> dict:
-    """Weights of a checkpoint under the module's names. transformers renames parts of its networks
-    at times (Dinov2's attention between 5.17 and 5.24); their order and shapes stay. Raises
-    ValueError where more differs."""
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    others = [pair for pair in zip(own, state) if pair[0] != pair[1]]
-    if own.keys() != state.keys() and len(own) == len(state) and all(
-            "network." in name for pair in others for name in pair):
-        state = dict(zip(own, state.values()))
-    there = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name))
-    if wrong:
-        made = torch.load(path, weights_only=True, mmap=True)["versions"]["transformers"]
-        raise ValueError(f"{len(wrong)} weights do not fit, the first {wrong[0]}: "
-                         f"{there.get(wrong[0])} instead of {own.get(wrong[0])}; made with "
-                         f"transformers {made}, here is {versions()['transformers']}")
-    return state
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path):
-    """Copies AdamW's moments into the parameters' memory layout: a fused step misreads others."""
-    with reading(path):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, moments in state["state"].items():
-            p = parameters[i]
-            own = {name: torch.empty_like(p).copy_(moments[name].view_as(p))
-                   for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": p.new_tensor(float(moments["step"])), **own}
-            if not all(torch.isfinite(value).all() for value in own.values()):
-                raise ValueError("its optimizer holds NaN or infinite values")
-        if not optimizer.state:                        # it would start from 0, with a jump
-            raise ValueError("its optimizer lacks every moment")
 
 
 def check_encoder(found: str, checkpoint: dict, name: str):
@@ -931,10 +889,6 @@ def fingerprint(*parts: nn.Module | dict, extra: dict | None = None) -> str:
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
 
 
 def plain(cfg) -> dict:
@@ -1292,19 +1246,8 @@ class Run:
 
 def torchrun() -> tuple[int, int, int]:
     """Rank, number of processes, rank on this machine: as torchrun says, or 0, 1, 0 without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [os.environ.get(name) for name in names]
-    if not any(given):
-        return 0, 1, 0
-    try:
-        rank, world, local = map(int, given)
-        if not 0 <= rank < world or world > 1 and "MASTER_ADDR" not in os.environ:
-            raise ValueError
-        return rank, world, local
-    except (TypeError, ValueError):
-        said = ", ".join(f"{name}={value}" for name, value in zip(names, given))
-        raise UserError(f"{said}: an incomplete torchrun environment. Start with torchrun, or "
-                        f"unset these variables.")
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
 
 
 @contextlib.contextmanager
@@ -1419,10 +1362,8 @@ def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | N
     nothing is to be trained (strict=False) and the flag not in MADE_FOR. --out is never taken from
     the checkpoint: it may have been moved."""
     if saved is not None:
-        with reading(Path("the checkpoint's configuration")):
-            saved = {f.name: _typed(f, saved[f.name]) for f in fields(Config)
-                     if f.name in saved and f.name != "out"}
-            Config(**saved)                            # its values, within their ranges?
+        saved = {f.name: tuple(v) if isinstance(v := saved[f.name], list) else v    # see plain
+                 for f in fields(Config) if f.name in saved and f.name != "out"}
         for name, value in typed.items():
             fixed = name not in MAY_CHANGE if strict else name in MADE_FOR
             if fixed and name in saved and saved[name] != value:
@@ -1438,14 +1379,6 @@ def configure(Config, presets: dict[str, dict], typed: dict, inherited: dict | N
         say("no CUDA device: the full preset (DINOv2-L at 256 px) takes weeks on a CPU; "
             "--preset tiny takes hours")
     return Config(**presets[preset] | values | {"preset": preset})     # the last one wins
-
-
-def _typed(f, value):
-    value = tuple(value) if isinstance(value, list) else value         # saved as a list, see plain
-    kind = tuple if typing.get_origin(f.type) else (int, float) if f.type is float else f.type
-    if not isinstance(value, kind):
-        raise ValueError(f"{flag(f.name)} is {value!r:.60}")
-    return value
 
 
 def check(cfg, **ranges: tuple[float, float]):
@@ -1602,7 +1535,7 @@ def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
     scale = max(1, -(-least // rows[0][0].shape[0]))   # whole pixels: nothing is blurred
     width = max(picture.shape[1] for row in rows for picture in row) * scale
     height = max(picture.shape[0] for row in rows for picture in row) * scale
-    wrap = lambda text: textwrap.wrap(_drawable(text), width // 6, max_lines=4)    # of 6 px each
+    wrap = lambda text: textwrap.wrap(text, width // 6, max_lines=4)               # of 6 px each
     cells = [[wrap(text) for text in row] for row in captions or [[]] * len(rows)]
     tails = [13 * max(map(len, row), default=0) + 3 * bool(captions) for row in cells]
     y = gap + 16 * bool(heads)
@@ -1610,7 +1543,7 @@ def grid(rows: list[list[np.ndarray]], captions: list[list[str]] | None = None,
                               y + sum(height + gap + tail for tail in tails)), "white")
     pen, x = ImageDraw.Draw(sheet), lambda i: gap + i * (width + gap)
     for i, text in enumerate(heads or []):
-        pen.text((x(i), 2), _drawable(text), "black", _font())
+        pen.text((x(i), 2), text, "black", _font())
     for row, texts, tail in zip(rows, cells, tails):
         for i, picture in enumerate(row):
             sheet.paste(Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)), (x(i), y))
@@ -1629,22 +1562,11 @@ def _font():
     return ImageFont.load_default(11)
 
 
-def _drawable(text: str) -> str:
-    """The text in one line, without letters that the font lacks: they lose their accents or become
-    "?"."""
-    text = " ".join(text.split())                      # Pillow draws no line break
-    box = bytes(_font().getmask("\uffff"))             # drawn in place of every such letter
-    plain = lambda c: unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?"
-    return "".join(plain(c) if c != " " and bytes(_font().getmask(c)) == box else c for c in text)
-
-
 def check_picture_path(path: Path) -> str:
     """The format for a picture to be written there, by its suffix. Raises UserError."""
     path = Path(path)
     if path.suffix.lower() not in WRITTEN:
         raise UserError(f"{printable(str(path))}: pictures are written as {', '.join(WRITTEN)}.")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{printable(str(path))} is there, and is no file.")
     return WRITTEN[path.suffix.lower()]
 
 
@@ -1764,11 +1686,7 @@ def read_rows(folder: Path, meta: dict) -> list[dict]:
         if sum(lengths) != meta["pictures"] or Shards(folder)[0].shape[1:] != shape:
             raise ValueError("meta.json and the shards do not fit")
         with open(folder / "rows.jsonl", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        places = range(meta["pictures"])
-        for row in rows:                               # each raises where it is of no picture
-            places[row["image"]], places[row.get("source", 0)], row["text"] + ""
-        return rows
+            return [json.loads(line) for line in lines]
 
 
 def _reading_latents(folder: Path):
@@ -1787,8 +1705,6 @@ class Texts:
             for number in range(-(-len(captions) // BLOCK)):
                 lengths = np.load(shard_path(folder, number, ".lengths"))
                 self.ends.append(np.concatenate([[0], np.cumsum(lengths)]))
-                if self.blocks[number].shape != (lengths.sum(), self.dim) or lengths.min() < 1:
-                    raise ValueError(f"block {number} and its lengths do not fit")
         self.index = {caption: i for i, caption in enumerate(captions)}
         self.null = self.index[""]                     # the condition of an unconditional pass
 

@@ -33,12 +33,13 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import data    # first: Ctrl-C while libraries load is no traceback
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
+
+import data
 
 
 @dataclass(frozen=True)
@@ -573,7 +574,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
             data.load_weights(model, checkpoint["ema"], path)
             ema = copy.deepcopy(model.state_dict())
             data.load_weights(model, checkpoint["model"], path)
-            data.load_optimizer(optimizer, checkpoint["optimizer"], path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
     if run.compile:
         model.compile()
 

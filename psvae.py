@@ -32,12 +32,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import data    # first: Ctrl-C while libraries load is no traceback
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
+
+import data
 
 
 @dataclass(frozen=True)
@@ -405,7 +406,7 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
             data.check_encoder(encoder_fingerprint, before, cfg.encoder)
         if checkpoint:
             data.load_weights(model, checkpoint["model"], path)
-            data.load_optimizer(optimizer, checkpoint["optimizer"], path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
             stage_1_digest = checkpoint.get("stage_1", stage_1_digest)
         elif stage_1:                                   # the pixel decoder starts fresh
             for part in ("projector", "semantic_decoder"):

@@ -28,11 +28,11 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import data    # first: Ctrl-C while libraries load is no traceback
 import numpy as np
 import torch
 from PIL import Image
 
+import data
 from dit import DiT, eps_from_v, load_dit, normalise, schedule_of, text_embedding
 from psvae import load_psvae
 

@@ -25,10 +25,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import data    # first: Ctrl-C while libraries load is no traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import data
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def set_up(cfg: Config, checkpoint: dict | None, run: data.Run):
         with data.reading(path):
             data.check_encoder(encoder_fingerprint, checkpoint, cfg.encoder)
             data.load_weights(model, checkpoint["model"], path)
-            data.load_optimizer(optimizer, checkpoint["optimizer"], path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
     if run.compile:
         encoder.compile()
         model.compile()

@@ -88,11 +88,9 @@ FAULTS = {
     "encoder_lr_scale not in the rate":
         ("data.py", r'self.rate \* group.get\("scale", 1.0\)', "self.rate", "stage_2_trains"),
     "the world flipped and cropped in stage 1":
-        ("svae.py", r"augment=bool\(cfg.data\)", "augment=True",
-         "stage_1_trains or the_built_in_world_never"),
+        ("svae.py", r"augment=bool\(cfg.data\)", "augment=True", "stage_1_trains"),
     "the world flipped and cropped in stage 2":
-        ("psvae.py", r"augment=bool\(cfg.data\)", "augment=True",
-         "stage_2_trains or the_built_in_world_never"),
+        ("psvae.py", r"augment=bool\(cfg.data\)", "augment=True", "stage_2_trains"),
     "text never chosen to be dropped":
         ("dit.py", r"drop_both or bool\(drop\)", "False", "stage_3_gets"),
     "text chosen to be dropped, and kept":

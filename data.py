@@ -106,7 +106,7 @@ class Folder:
 
 
 def read_folder(name: str, max_broken: float | None = 0.01, out: str = "out",
-                count: int = 50_000) -> tuple[Folder, Folder]:
+                count: int = 75_000) -> tuple[Folder, Folder]:
     """A folder's training and held-out pictures; README.md says which folders are understood. An
     empty name is the built-in world, drawn on first use with `count` pictures that have words. What
     is not used is said; unusable rows stand in the first's `skipped`. Raises UserError: no such
@@ -182,7 +182,7 @@ def unicode(text: str) -> str:
 def _draw_world(top: Path, count: int):
     """Draws the built-in world unless it is there; of two programs at once, one is refused."""
     there = read_json(top / "world.json").get("count")  # written last: then it is whole
-    if there and there != count != 50_000:
+    if there and there != count != 75_000:
         say(f"{top} is there, with {there} pictures: --count {count} does nothing")
     if not there and torchrun()[0] == 0:
         from notes.world import world                  # the one thing the stages call in notes/
@@ -1768,7 +1768,7 @@ def write_texts(final: Path, mark: dict, captions: list[str], encoder: TextEncod
 class Config:
     data: str = ""                  # folder of images; empty: the built-in world
     out: str = "out"                # where the contact sheet goes
-    count: int = 50_000             # of the built-in world: pictures that have words
+    count: int = 75_000             # of the built-in world: pictures that have words
     image_size: int = 256           # size for which the reading speed is measured
     max_broken: float = 0.01        # largest fraction of unreadable pictures or rows in training
 

@@ -422,7 +422,8 @@ def normalise(z: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> to
 
 def held_out_batch(run: data.Run, latents: data.Latents, rows: list[int], mean, variance, most=64):
     """(z_0, c, mask, source) of rows from all over the list; z_0 is the normalised mu."""
-    rows = rows[::max(1, len(rows) // most)][:most]
+    count = min(most, len(rows))
+    rows = [rows[i * len(rows) // count] for i in range(count)]
     batch = latents.collate([latents[(row, False, False)] for row in rows])
     mu, _, c, mask, source = run.to_device(batch)
     source = source if source is None else normalise(source, mean, variance)

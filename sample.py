@@ -233,16 +233,18 @@ class Pipeline:
             generators = [data.generator(seed, "sample", 0, "z_T") for seed in seeds]
             z_T = draw(generators, torch.empty(len(seeds), *self.latent_shape, device=self.device))
             # 3. DDIM sampling
-            source = None
-            if sources is not None:
-                x = data.to_float(torch.from_numpy(sources).permute(0, 3, 1, 2), self.device)
-                source = normalise(self.psvae.encode(x)[0], self.mean, self.variance)
+            source = None if sources is None else self.encode(sources)
             times = sampling_times(self.config["T"], steps)
             z_0 = ddim(self.dit, z_T, c, mask, self.alpha_bar, times, own["guidance"],
                        own["image_guidance"], own["eta"], source, generators, film,
                        self.config["predict"])
             # 4. Decode to image
             return self.decode(z_0)
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        """uint8 (B, H, W, 3) -> normalised mu (B, h, w, z_dim)."""
+        x = data.to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2), self.device)
+        return normalise(self.psvae.encode(x)[0], self.mean, self.variance)
 
     def decode(self, z_0: torch.Tensor) -> np.ndarray:
         """Normalised latents (B, h, w, z_dim) -> uint8 (B, H, W, 3)."""

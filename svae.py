@@ -51,7 +51,7 @@ class Config:
     compile: bool = True                    # torch.compile, on CUDA
     device: str = "auto"                    # auto, cpu or cuda
     workers: int = 8                        # processes that read pictures
-    count: int = 50_000                     # of the built-in world: pictures that have words
+    count: int = 75_000                     # of the built-in world: pictures that have words
     max_broken: float = 0.01                # largest tolerated share of unreadable pictures or rows
     log_every: int = 50                     # steps between rows of the log
     eval_every: int = 1000                  # steps between held-out losses and previews

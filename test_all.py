@@ -2409,8 +2409,8 @@ def test_an_edit_of_the_world_leaves_all_that_it_does_not_name(kind):
 
 def test_the_judge_reads_true_pictures_and_refuses_spoiled_ones():
     truths = [judge.scene(judge.START + k, ("train", "heldout")[k % 2]) for k in range(60)]
-    facts, whole, _ = judge.measure([judge.draw(truth) for truth in truths], truths)
-    assert whole == 1 and facts == 1
+    assert all(judge.right(judge.draw(truth), truth) for truth in truths)
+    assert not any(judge.right(judge.draw(a), b) for a, b in zip(truths, truths[1:]))
     rng = judge.generator("test")
     for kind in ("blurred", "half-blended", "off-palette", "noise"):
         assert sum(judge.read(judge.spoil(kind, judge.START + k, rng)) is not None for k in range(30)) <= 1
@@ -2498,7 +2498,7 @@ PAGES = [*(page for page in claims.CLAIMS if page not in ("kl", "channels")), "t
 def test_a_claim_is_measured_in_seconds_with_quick_and_leaves_its_page_alone(
         page, laboratory, tmp_path, capsys):
     script = off_manifold if page == "the toy" else claims
-    argv = [page, "--out", laboratory] if script is claims else ["--out", str(tmp_path / "measured.png")]
+    argv = [page, "--out", laboratory] if script is claims else ["--out", str(tmp_path / "measured.json")]
     before = {path: path.read_bytes() for path in (HERE / "notes/claims").iterdir() if path.is_file()}
     assert script.main([*argv, "--quick"]) in (None, 0)
     said = capsys.readouterr().out
@@ -2591,7 +2591,7 @@ def test_evaluate_prints_what_comes_back_and_what_the_latents_hold(copy, capsys,
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert evaluate.main(["--out", str(copy("svae.pt", "psvae.pt")), "--count", "4"]) == 0
     said = capsys.readouterr().out
-    assert "N = 4" in said and "LPIPS is left out" in said and "at an object's centre: shape" in said
+    assert "N = 4" in said and "LPIPS is left out" in said
     for name in ("PSNR dB", "near edges", "elsewhere", "SSIM", "FDD", "PS-VAE", "S-VAE"):
         assert re.search(rf" {name} +-?\d+\.\d", said), name
 
@@ -2602,7 +2602,6 @@ def test_evaluate_looks_all_over_a_folder_and_needs_two_pictures(copy, monkeypat
     monkeypatch.setattr(data.Pictures, "__getitem__", lambda part, key: keys.append(key) or read(part, key))
     assert evaluate.main(["--out", str(out), "--count", "2"]) == 0
     assert keys[:2] == [(0, None), (2, None)]                               # of five
-    assert pretrain_tiny.at_objects(torch.zeros(2, 5, 8), [[], []]).shape == (0, 8)     # none has words
     train, held_out = data.read_folder("", out=str(out))
     monkeypatch.setattr(data, "read_folder", lambda *_: (train, replace(held_out, own=1)))
     assert "one picture out" in refused(evaluate.main, "--out", out)
@@ -2628,6 +2627,8 @@ def test_what_ships_was_made_by_the_printed_commands(stage):
     further = re.findall(rf"python {stage.__name__}\.py --steps (\d+)", text)
     cfg = stage.Config(**stage.PRESETS["tiny"], preset="tiny")
     cfg = replace(cfg, steps=int(further[-1])) if further else cfg
+    if stage is psvae:                                  # of a world before: see notes/tiny/README.md
+        cfg = replace(cfg, count=50_000)
     assert checkpoint["config"] == data.plain(cfg) and checkpoint["step"] == cfg.steps
 
 
@@ -2743,48 +2744,41 @@ def test_a_world_that_is_there_is_not_drawn_again_and_that_is_said(copy, capsys)
     assert "does nothing" not in capsys.readouterr().out
 
 
-def converted(src, out, *flags):
-    assert convert.main(["--src", str(src), "--out", str(out), *flags]) == 0
-    rows = [json.loads(line) for line in open(out / "metadata.jsonl", encoding="utf-8")]
-    data.read_folder(str(out), max_broken=0)                            # every row is one that data.py takes
-    return rows
+def converted(src):
+    """{(picture, text, source)} that data.py makes of the table."""
+    assert convert.main(["--src", str(src)]) == 0
+    train, _ = data.read_folder(str(src), max_broken=1)
+    names = [*train.images, None]
+    return {(names[image], text, names[source]) for image, text, source in train.rows}
 
 
-def test_captions_and_edits_in_json_files_beside_pictures_become_a_table(tmp_path, refused):
-    src = tmp_path / "in"
-    for name in ("001.png", "004.src_img.png", "004.edited_img.png", "005.png"):
-        picture(src / name)
-    (src / "001.json").write_text('{"caption": "from json"}')
-    (src / "004.json").write_text('{"edited_prompt_list": ["short", "and longer"]}')
-    rows = converted(src, tmp_path / "out")
-    assert [row["text"] for row in rows] == ["from json", "short", "and longer"]
-    assert ["source" in row for row in rows] == [False, True, True]
-    content = (src / "001.png").read_bytes()
-    assert all((tmp_path / "out" / row["file_name"]).read_bytes() == content for row in rows)
-    (src / "005.json").write_text("[1, 2"), picture(src / "006.src_img.png")
-    (src / "006.json").write_text('{"edited_prompt_list": ["no result"]}')
-    (src / "v.2.json").write_text('{"caption": "a dot in its name"}')
-    line = refused(convert.main, "--src", src, "--out", tmp_path / "other")
-    assert "3 of 6 rows" in line and "005: no text" in line and "006: no picture" in line
-    assert "v.2: no picture" in line
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+def test_captions_and_edits_in_json_files_beside_pictures_become_a_table(tmp_path, refused, capsys):
+    touch(tmp_path, "001.png", "004.src_img.png", "004.edited_img.png", "005.png")
+    (tmp_path / "001.json").write_text('{"caption": "from json"}')
+    (tmp_path / "004.json").write_text('{"edited_prompt_list": ["short", "and longer"]}')
+    edit = "004.edited_img.png", "004.src_img.png"
+    assert converted(tmp_path) == {("001.png", "from json", None),
+                                   *((edit[0], text, edit[1]) for text in ("short", "and longer"))}
+    assert "has a table already" in refused(convert.main, "--src", tmp_path)
+    os.remove(tmp_path / "metadata.jsonl")
+    touch(tmp_path, "006.src_img.png", "007.edited_img.png")
+    for name, text in {"005": "[1, 2", "006": '{"edited_prompt_list": ["no result"]}',
+                       "007": '{"edit_prompt": "no source"}', "v.2": '{"caption": "a dot in its name"}',
+                       "LICENSE": '{"of": "no picture"}'}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    read = len(converted(tmp_path))
+    assert read == 3 and re.search("4 rows are left out .*row 3: no text", capsys.readouterr().out)
 
 
-def test_instructpix2pix_trees_become_edits_and_nothing_outside_is_read(tmp_path):
-    src, secret = tmp_path / "in", picture(tmp_path / "secret.jpg")
-    picture(src / "7/1_0.jpg"), picture(src / "7/1_1.jpg"), picture(src / "7/3_0.jpg")
-    (src / "7/prompt.json").write_text('{"edit": "make it green"}')
-    (src / "7/2_0.jpg").symlink_to(secret), picture(src / "7/2_1.jpg")
-    rows = converted(src, tmp_path / "out", "--max-broken", "1")
-    assert [row["text"] for row in rows] == ["make it green"]
-    for key, name in (("source", "7/1_0.jpg"), ("file_name", "7/1_1.jpg")):
-        assert (tmp_path / "out" / rows[0][key]).read_bytes() == (src / name).read_bytes()
+def test_instructpix2pix_trees_become_edits(tmp_path):
+    touch(tmp_path, "7/1_0.jpg", "7/1_1.jpg", "7/3_0.jpg")
+    (tmp_path / "7/prompt.json").write_text('{"edit": "make it green"}')
+    assert converted(tmp_path) == {("7/1_1.jpg", "make it green", "7/1_0.jpg")}
 
 
 def test_parquet_is_refused_with_the_way_out(tmp_path, refused):
-    touch(tmp_path / "in", "data-00000.parquet")
-    line = refused(convert.main, "--src", tmp_path / "in", "--out", tmp_path / "out")
-    assert "parquet has to be exported first" in line
+    touch(tmp_path, "data-00000.parquet")
+    assert "parquet has to be exported first" in refused(convert.main, "--src", tmp_path)
 
 
 # --- Full scale: real encoders, memory, speed -----------------------------------------------------
@@ -2890,7 +2884,7 @@ def test_links_of_the_page_and_of_every_text_lead_somewhere():
     for link in set(re.findall(r'href="([^"]+)"', page)) - {"data:,"}:
         file, _, place = link.partition("#")
         if not file:
-            assert place in anchors or place.startswith("curve-"), link
+            assert place in anchors, link
         else:
             lines = (reading.HERE / file).read_text(encoding="utf-8").splitlines()
             assert not place or lines[int(place.removeprefix("L")) - 1].strip(), link

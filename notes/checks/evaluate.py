@@ -6,8 +6,7 @@
 PSNR, SSIM, LPIPS (where VGG can be had) and FDD, the Fréchet distance between DINOv2 features of
 pictures and reconstructions, from mu. PSNR within 3 pixels of an edge and elsewhere. How much of
 each channel of the frozen features comes back through the semantic decoders (1 - squared error /
-variance; cosine would flatter, for all features share a large mean). In the built-in world also
-what a linear map reads out of the image encoder's patches at an object's centre.
+variance; cosine would flatter, for all features share a large mean).
 """
 
 import math
@@ -23,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import psvae  # noqa: E402
 import svae  # noqa: E402
-from notes.tiny import pretrain_tiny  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -149,14 +147,14 @@ def main(argv: list[str] | None = None):
     model, saved = psvae.load_psvae(out / "psvae.pt", device)
     config = saved["config"]
     frozen = data.load_image_encoder(config["encoder"]).to(device).requires_grad_(False)
+    data.check_encoder(data.fingerprint(frozen), saved, config["encoder"])
     stage_1 = None
     if (out / "svae.pt").exists():
         first = data.load(out / "svae.pt", "svae")
-        data.check_encoder(data.fingerprint(frozen), first, config["encoder"])
         stage_1 = svae.SVAE(frozen.dim, first["config"]["z_dim"]).to(device).eval()
         data.load_weights(stage_1, first["model"], out / "svae.pt")
-    name = cfg.data or config["data"]
-    train, held_out = data.read_folder(name, config["max_broken"], cfg.out, config["count"])
+    _, held_out = data.read_folder(cfg.data or config["data"], config["max_broken"], cfg.out,
+                                   config["count"])
     pictures = data.Pictures(held_out, config["image_size"])
     count = min(cfg.count, held_out.own or len(pictures))
     if count < 2:
@@ -174,12 +172,6 @@ def main(argv: list[str] | None = None):
             value = value[~value.isnan()]
             print(f"  {name_of:16s} {value.mean():8.3f}  (standard deviation over pictures "
                   f"{value.std(correction=0):.3f})")
-    if not name:                                        # the built-in world knows what is there
-        sides = [(data.Pictures(part, config["image_size"]), pretrain_tiny.objects_of(part))
-                 for part in (train, held_out)]
-        shares = pretrain_tiny.read_out(frozen, *sides, 2 * cfg.count)
-        print("read out of the patches at an object's centre: "
-              + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
 
 
 if __name__ == "__main__":

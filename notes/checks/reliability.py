@@ -8,7 +8,6 @@
     ranks    two processes (gloo), one of which is killed
     disk     a disk that is full after a random number of bytes of a file
     files    damaged checkpoints, pictures and tables; a pickle that would run code
-    flags    random command lines from the real flags: exit code 0, or 2 with one line
 
 Every run is a fork of this process, which has imported everything already. A struck run is started
 again with the same command until it is done; then all in its out/ is compared with a run that
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
@@ -45,13 +43,11 @@ import dit  # noqa: E402
 import psvae  # noqa: E402
 import sample  # noqa: E402
 import svae  # noqa: E402
-from notes import convert  # noqa: E402
 from notes.checks import bench  # noqa: E402
 from notes.world import world  # noqa: E402
 
 torch.set_num_threads(1)
-MODULES = {"svae": svae, "psvae": psvae, "dit": dit, "sample": sample, "data": data,
-           "convert": convert}
+MODULES = {"svae": svae, "psvae": psvae, "dit": dit, "sample": sample}
 NEEDS = {"svae": [], "psvae": ["svae.pt"], "dit": ["latents"]}      # psvae: encodes at its end
 
 
@@ -318,56 +314,9 @@ def files(micro: Micro, times: int, rng, report):
         report(f"{name} damaged {times} times: exit codes {dict(codes)}; nothing was executed")
 
 
-# --- Random command lines -------------------------------------------------------------------------
-
-TEXTS = ["", " ", "x", "-", "--", "nowhere", "/dev/null", ".", "a\nb", "é", "\udcff", "0x10",
-         "1e3", "1_0", " 7 ", "None", "[]", "%s", "tiny", "full", "cpu", "mu", "S", "x" * 3000,
-         "8,8,8,8", "8,", "-4,8,8,8", "notes/tiny/text_encoder"]
-NUMBERS = ["0", "1", "2", "-1", "-0", "0.5", "1.5", "nan", "inf", "1e-300", "1e99", "9" * 30,
-           str(2**63)]
-COUNTS = ["0", "1", "2", "-1", "1.5", "nan", "x", "16"]     # what is only large is slow, not wrong
-
-
-def line(rng, name: str, given: list[str]) -> list[str]:
-    """Some of a program's real flags with edge values, behind those `given`."""
-    argv = list(given)
-    for field in rng.sample(fields(MODULES[name].Config), rng.randint(1, 3)):
-        flag, own = data.flag(field.name), {int: COUNTS, float: NUMBERS}.get(field.type, TEXTS)
-        if field.type is bool:
-            argv.append(flag if rng.random() < 0.5 else "--no-" + flag[2:])
-        else:
-            value = rng.choice(own if rng.random() < 0.7 else TEXTS)
-            argv += [flag, *[value] * rng.choice((1, 1, 1, 1, 0, 2))]
-    return argv + [rng.choice(TEXTS)] * (rng.random() < 0.03)
-
-
-def flags(micro: Micro, times: int, rng, report):
-    """Most lines begin where there is nothing to train on; one in ten has all that the program
-    needs."""
-    def before():
-        os.chdir(micro.top)
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    nothing = str(micro.top / "nothing")
-    for name in MODULES:
-        given = {"dit": ["--out", nothing], "sample": ["--model", nothing], "convert": []}.get(
-            name, ["--data", nothing, "--out", f"{nothing}/out", "--count", "20"])
-        codes = collections.Counter()
-        for _ in range(40 * times):
-            argv, out = line(rng, name, given), micro.fresh(*NEEDS.get(name, []))
-            if name in micro.flags and rng.random() < 0.1:
-                argv = line(rng, name, [*micro.flags[name], "--steps", "1", "--batch", "2",
-                                        "--out", str(out)])
-            code, said = Fork(MODULES[name].main, argv, before).ended()
-            codes[code] += 1
-            if not ("--help" in argv or "-h" in argv):
-                refused_or_done(code, said, f"{name} {argv!a}")
-            shutil.rmtree(out)
-        report(f"{name}: {40 * times} random lines: exit codes {dict(codes)}")
-
-
 # --------------------------------------------------------------------------------------------------
 
-SECTIONS = {"kill": kill, "ranks": ranks, "disk": disk, "files": files, "flags": flags}
+SECTIONS = {"kill": kill, "ranks": ranks, "disk": disk, "files": files}
 
 
 def main(argv=None):
@@ -382,7 +331,7 @@ def main(argv=None):
     report = lambda text: print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
         micro = Micro(Path(top), 9 if args.short else 16, ["svae"] if args.short else list(NEEDS))
-        for name in args.sections or [*SECTIONS][:4 if args.short else 5]:
+        for name in args.sections or SECTIONS:
             try:
                 SECTIONS[name](micro, 1 if args.short else args.times,
                                random.Random(f"{args.seed} {name}"), report)

@@ -12,9 +12,7 @@ trained. Every random number of a step comes from (seed, part, step), as in the 
 """
 
 import copy
-import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -188,14 +186,6 @@ def clock(device) -> float:
     return time.process_time() if device.type == "cpu" else time.monotonic()
 
 
-def replace_file(path: Path, write):
-    """Never half a file; several processes may write the same one (data.atomic is for one)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    write(partial)
-    os.replace(partial, path)
-
-
 @torch.enable_grad()           # measurements, which need no gradient, may ask for the training
 def fit(path: Path, model: nn.Module, steps, peak, loss_of, device, decay=0.01, look=None,
         say="") -> dict:
@@ -228,7 +218,8 @@ def fit(path: Path, model: nn.Module, steps, peak, loss_of, device, decay=0.01, 
                 raise data.UserError(f"{path.name}: the loss is {loss.item()} at step {done}")
             kept |= {"seconds": clock(device) - begin, "model": model.state_dict(),
                      "optimizer": optimizer.state_dict() if done < steps else {}}
-            replace_file(path, lambda partial: torch.save(kept, partial))
+            with data.atomic(path) as partial:
+                torch.save(kept, partial)
             saved = time.monotonic()
             print(f"  {say} step {done:,} of {steps:,}, loss {loss.item():.4f}, "
                   f"{kept['seconds']:.0f} s", file=sys.stderr, flush=True)
@@ -263,7 +254,8 @@ class Pictures:
             c, mask = encoder(texts)
             kept = {"pictures": pictures, "c": c.half().cpu(), "mask": mask.cpu(),
                     "f": lab.features(data.to_float(pictures, lab.device)).cpu()}
-            replace_file(path, lambda partial: torch.save(kept, partial))
+            with data.atomic(path) as partial:
+                torch.save(kept, partial)
         kept = torch.load(path, weights_only=True, map_location=lab.device)
         self.pictures, self.f = kept["pictures"], kept["f"]
         self.c, self.mask = kept["c"], kept["mask"]
@@ -281,6 +273,7 @@ class Lab:
             torch.set_float32_matmul_precision("high")
         encoder = data.load_image_encoder(data.TINY_IMAGE_ENCODER)
         self.encoder = encoder.to(self.device).requires_grad_(False)
+        self.made_for = [VERSION, world.VERSION, asdict(self.scale), data.fingerprint(encoder)]
         self.alpha_bar = dit.noise_schedule(T, *BETAS).to(self.device)
         self.pictures, self.models = Pictures(self), {}
         self.encoders = {False: (self.encoder, self.pictures.f)}
@@ -315,7 +308,7 @@ class Lab:
         return self.encoders[blind]
 
     def path(self, what: str, *settings, end=".pt") -> Path:
-        key = [VERSION, world.VERSION, asdict(self.scale),
+        key = [*self.made_for,
                *(asdict(part) if isinstance(part, Space) else part for part in settings)]
         return self.out / f"{what}-{data.digest_of(key)[:12]}{end}"
 
@@ -324,8 +317,8 @@ class Lab:
         path = self.path(what, *settings, end=".json")
         if not path.exists():
             result = compute()
-            replace_file(path, lambda partial: partial.write_text(json.dumps(result)))
-        return json.loads(path.read_text())
+            data.write_json(path, result)
+        return data.read_json(path)
 
     def rows(self, seed, stage, step, batch):
         return torch.from_numpy(data.order(seed, stage, self.scale.pictures, batch, step))

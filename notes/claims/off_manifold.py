@@ -23,7 +23,6 @@ each as the mean over all points and over the worst 5 %.
 """
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -300,16 +299,14 @@ def main(argv: list[str] | None = None):
     if cfg.quick:
         cfg = replace(cfg, dims=(8,), steps=32, autoencoder_steps=32, drawn=64, seeds=1)
     out, letters = Path(cfg.out), Letters()
-    kept = json.loads(out.read_text()) if out.exists() else {}
+    kept = data.read_json(out)
     runs: dict[str, list[dict]] = {}
     for seed, variant in itertools.product(range(cfg.seeds), variants(cfg)):
         key = (f"{variant.name}; seed {seed}, {cfg.steps} and {cfg.autoencoder_steps} steps "
                f"of {cfg.batch}, {cfg.drawn} drawn")
         if key not in kept:
             kept[key] = measure(variant, cfg, seed, letters)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with data.atomic(out) as partial:
-                partial.write_text(json.dumps(kept))
+            data.write_json(out, kept)
         run = kept[key]
         runs.setdefault(variant.name, []).append(run)
         last = run["steps"][str(cfg.steps)]
@@ -318,8 +315,9 @@ def main(argv: list[str] | None = None):
     text = tables(runs, cfg)
     print(f"\n{text}\n")
     here = Path(__file__).parent
-    figure(runs, here / "off_manifold.png" if cfg.page else out.with_suffix(".png"))
-    if cfg.page:
+    page = cfg.page and not cfg.quick
+    figure(runs, here / "off_manifold.png" if page else out.with_suffix(".png"))
+    if page:
         into_page(here / "off_manifold.md", text)
 
 

@@ -178,7 +178,7 @@ def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextE
     objects = objects_of(folder)
     tokenizer = build_tokenizer([row[1] for row in told[:30_000]], size=1024)
     torch.manual_seed(0)
-    image_network = Dinov2Model(Dinov2Config(hidden_size=args.width, num_hidden_layers=args.layers,
+    image_network = Dinov2Model(Dinov2Config(hidden_size=128, num_hidden_layers=6,
                                              num_attention_heads=4, image_size=56, patch_size=14))
     text_network = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=D_TEXT, d_ff=256, d_kv=32,
                                            num_heads=4, num_layers=3, feed_forward_proj="gated-gelu",
@@ -198,8 +198,8 @@ def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextE
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * data.learning_rate(step, args.steps, 100, 1.5e-3)
-        rows = [captions[i] for i in data.order(0, "pretrain", len(captions), args.batch, step)]
-        changes = [edits[i] for i in data.order(0, "pretrain edits", len(edits), args.batch // 3, step)]
+        rows = [captions[i] for i in data.order(0, "pretrain", len(captions), 128, step)]
+        changes = [edits[i] for i in data.order(0, "pretrain edits", len(edits), 42, step)]
         wanted = [row[0] for row in rows] + [row[2] for row in changes] + [row[0] for row in changes]
         x = data.to_float(torch.stack([pictures[(i, None)][0] for i in wanted]), device)
         tokens = pair.image_encoder.tokens(x)
@@ -350,16 +350,10 @@ def main():
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
     parser.add_argument("--steps", type=int, default=700, help="of both encoders")
     parser.add_argument("--read-steps", type=int, default=600, help="then, of the text encoder alone")
-    parser.add_argument("--batch", type=int, default=128,
-                        help="captions a step; a third as many edits besides")
-    parser.add_argument("--count", type=int, default=50_000,
-                        help="of the built-in world: pictures that have words")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
 
     device, to = data.pick_device("auto"), Path(args.to)
-    folder, held_out = data.read_folder("", out=args.out, count=args.count)
+    folder, held_out = data.read_folder("", out=args.out)
     image_encoder, text_encoder = train(folder, held_out, args, device)
     image_encoder.network.half().save_pretrained(to / "image_encoder")
     text_encoder.network.half().save_pretrained(to / "text_encoder")

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from notes.world.geneval import brief, load, parser_of, save, summarise  # noqa: E402
-from notes.world.judge import read, round_trip  # noqa: E402
+from notes.world.judge import read  # noqa: E402
 from notes.world.world import (CANVAS, COLOURS, KINDS, LOOK, SHAPES, SIZES, STYLES,  # noqa: E402
                                WORDS, draw, edit, looks_like, relation, room)
 
@@ -86,6 +86,9 @@ def errors(triple, t, r):
         return 0, len(wrong)
     old = source.objects[triple["target"].objects.index(t)]     # the other kinds keep the order
     named = ("place",) if (t.x, t.y) != (old.x, old.y) else NAMED[kind]
+    if kind == "replace":               # "with a star" leaves the colour as it was
+        new = re.split(" (?:with|into|to|for) ", triple["instruction"])[-1]
+        named = [name for name in named if name == "shape" or name in attributes(new)]
     return sum(name in named for name in wrong), sum(name not in named for name in wrong)
 
 
@@ -227,8 +230,8 @@ def main():
             return pipeline(texts, seeds, sources, **dict(zip(names, values)))
 
         s, s_image, steps, eta = values
-        result = evaluate(apply, asked, seed, args.batch,
-                          lambda pictures: round_trip(pipeline.psvae, pictures, pipeline.device))
+        trip = lambda pictures: pipeline.decode(pipeline.encode(pictures))
+        result = evaluate(apply, asked, seed, args.batch, trip)
         failures = result.pop("failures")
         shown = failures if shown is None else shown
         title = (f"guidance {s:g}, image guidance {s_image:g}, {steps} steps, eta {eta:g}, "

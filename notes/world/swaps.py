@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
-from dit import add_noise, normalise, v_of  # noqa: E402
+from dit import add_noise, v_of  # noqa: E402
 from notes.world import world  # noqa: E402
-from sample import Pipeline  # noqa: E402
+from sample import SHIPPED, Pipeline  # noqa: E402
 
 TIMES = (400, 500, 600, 700, 800, 900, 1000)    # of 1 to 1000
 
@@ -87,12 +87,8 @@ def measure(pipeline: Pipeline, edit: bool, swap, count: int) -> list[tuple[floa
     """For each of TIMES: the error of v with the true text, how much the wrong word adds, and the
     share of pictures to which it adds."""
     pictures, sources, *texts = zip(*examples(edit, swap, count))
-
-    def latents(pictures):
-        x = data.to_float(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), pipeline.device)
-        return normalise(pipeline.psvae.encode(x)[0], pipeline.mean, pipeline.variance)
-
-    z_0, source = latents(pictures), latents(sources) if edit else None
+    z_0 = pipeline.encode(np.stack(pictures))
+    source = pipeline.encode(np.stack(sources)) if edit else None
     eps = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
     said, found = [pipeline.text_encoder(list(part)) for part in texts], []
     alpha_bar = pipeline.alpha_bar.to(pipeline.device)
@@ -113,7 +109,7 @@ def measure(pipeline: Pipeline, edit: bool, swap, count: int) -> list[tuple[floa
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="notes/tiny", help="folder with psvae.pt and dit.pt")
+    parser.add_argument("--model", default=SHIPPED, help="folder with psvae.pt and dit.pt")
     parser.add_argument("--count", type=int, default=200, help="pictures for each word")
     args = parser.parse_args(argv)
     pipeline = Pipeline(Path(args.model), data.pick_device("auto"))

@@ -12,14 +12,14 @@ repository Gaurav14cs17/PS-VAE.
     t (B,) -> sin, cos -> MLP -> t_emb -> gamma, beta, gate -|---------------'
     text -> T5, frozen -> c (B,L,d_text) -> Linear -> K, V --'
 
-    python dit.py                         reads out/latents; tiny: 80 minutes on 2 CPU cores
+    python dit.py                         reads out/latents; tiny: 66 minutes on 2 CPU cores
     python dit.py --size XL               width 1152, 28 blocks, on one CUDA GPU
 
 Reads out/latents/ (psvae.py writes it). Writes out/text/ (the embedding of every distinct caption),
 out/dit.pt, out/dit.csv and out/dit.png (latents as colours: z_0 | z_t | predicted z_0 at four t).
 Run again, it resumes.
-Expect (tiny, seed 0): held-out loss of v by quarter of t 0.60, 0.22, 0.38, 0.78 after 500 steps,
-0.28, 0.03, 0.15, 0.56 at the end, when four fifths of the prompts are drawn right; two objects
+Expect (tiny, seed 0): held-out loss of v by quarter of t 0.63, 0.21, 0.33, 0.72 after 500 steps,
+0.28, 0.03, 0.08, 0.53 at the end, when nine tenths of the prompts are drawn right; two objects
 whose places are left open come last.
 """
 

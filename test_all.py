@@ -411,11 +411,11 @@ def test_eq_15_ps_vae_loss_is_the_weighted_sum_of_four():
     f_hat, f, mu, log_var = (randn(2, 2, 2, 5, seed=i) for i in range(2, 6))
     cfg = psvae.Config(alpha=2.0, gamma=3.0, lpips_weight=5.0, beta=7.0)
     losses = psvae.psvae_loss(x_hat, x, f_hat, f, mu, log_var, cfg,
-                              lpips=lambda a, b: (a - b).abs().amax((1, 2, 3)))
+                              lpips=lambda a, b: (a - b).abs().amax((1, 2, 3)), warm=0.5)
     d, kl = ((x_hat - x).numpy(),
              -0.5 * (1 + log_var.numpy() - mu.numpy() ** 2 - np.exp(log_var.numpy())).sum(-1).mean())
     parts = ((f_hat - f).numpy() ** 2).mean(), (abs(d) + d ** 2).mean() / 2, abs(d).max((1, 2, 3)).mean(), kl
-    same(losses["loss"], 2 * parts[0] + 3 * parts[1] + 5 * parts[2] + 7 * parts[3])
+    same(losses["loss"], 2 * parts[0] + 3 * parts[1] + 5 * parts[2] + 0.5 * 7 * parts[3])
     for name, value in zip(("semantic", "pixel", "perceptual", "kl"), parts):
         same(losses[name], value)
     guides = psvae.Config()
@@ -2282,7 +2282,7 @@ def test_eq_33_eq_34_a_picture_by_hand_from_the_checkpoints(
 
 
 # Of 16 pictures those that are as the prompt says, of 8 edits those that are obeyed with all else
-# kept. The model that ships reaches 15 and 8 here, a processor that rounds otherwise maybe less; with
+# kept. The model that ships reaches 14 and 8 here, a processor that rounds otherwise maybe less; with
 # the text of another prompt, or none, at most one.
 DRAWN, EDITED = 12, 5
 

@@ -1246,8 +1246,8 @@ class Run:
 
 def torchrun() -> tuple[int, int, int]:
     """Rank, number of processes, rank on this machine: as torchrun says, or 0, 1, 0 without it."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if "WORLD_SIZE" in os.environ else ()
+    return tuple(int(os.environ.get(name, 0)) for name in names) or (0, 1, 0)
 
 
 @contextlib.contextmanager

@@ -505,6 +505,8 @@ def test_eq_20_eq_22_z_t_in_closed_form_and_back():
     same(d_z, np.broadcast_to(np.sqrt(ab), z_0.shape))
     same(d_eps, np.broadcast_to(np.sqrt(1 - ab), z_0.shape))
     assert dit.add_noise(z_0.float(), t, eps.float(), alpha_bar).dtype == torch.float32
+    mean, variance = randn(4, seed=2), randn(4, seed=3).square()            # z_0 as it gets there
+    same(dit.normalise(z_0, mean, variance), (z_0 - mean).numpy() / np.sqrt(variance.numpy()))
 
 
 @pytest.mark.parametrize("t", [1, 2, 37, 50])

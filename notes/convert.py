@@ -61,7 +61,7 @@ def rows(src: Path):
             if suffix == ".json" and (key in pictures or edit or "caption" in columns):
                 columns |= pictures.get(key, {})
                 if edit and not columns.keys() & {"src_img", "original_image"}:
-                    columns["source"] = f"the source of {key}"      # data.py says that it is missing
+                    columns["source"] = f"the source of {key}"      # missing, data.py will say
                 yield columns
 
 

@@ -135,8 +135,8 @@ def verdict(found: dict[str, dict]) -> str:
     tested = decodes >= DECODES and (draws is None or draws >= DRAWS)
     return (f"{'Measured' if tested else 'Not tested'} at this size: the best decoder gives "
             f"{decodes:.1f} dB (wanted: {DECODES})"
-            + (f", the best DiT draws {draws:.0%} of the prompts right ({DRAWS:.0%})" if draws is not None
-               else "") + ".")
+            + (f", the best DiT draws {draws:.0%} of the prompts right ({DRAWS:.0%})"
+               if draws is not None else "") + ".")
 
 
 def into_page(page: Path, text: str):

@@ -13,7 +13,7 @@ repository Gaurav14cs17/PS-VAE.
     |--E, frozen--> f_target ----- MSE ----- f_hat <--SemanticDecoder--|
     '---------------------- L1, MSE, LPIPS --- x_hat <--PixelDecoder---'
 
-    python psvae.py                       from out/svae.pt; tiny: 43 minutes on 2 CPU cores
+    python psvae.py                       from out/svae.pt; tiny: 18 minutes on 2 CPU cores
     python psvae.py --data ./imagenet     the real thing, on one CUDA GPU
     python psvae.py --reconstruct a.png   out/reconstruction.png: picture | its reconstruction
     python psvae.py --encode-only         writes out/latents/ again
@@ -21,8 +21,8 @@ repository Gaurav14cs17/PS-VAE.
 Reads out/svae.pt (projector, semantic decoder) and the folder of pictures. Writes out/psvae.pt,
 out/psvae.csv, out/psvae.png (pictures above, reconstructions below) and out/latents/. Run again, it
 resumes. notes/checks/evaluate.py measures the result: PSNR, SSIM, LPIPS, FDD.
-Expect (tiny, seed 0): held-out PSNR 24.0 dB after 400 steps, 28.1 after 1,200, 32.6 after 3,600,
-35.5 at the end.
+Expect (tiny, seed 0): held-out PSNR 27.3 dB after 400 steps, 31.9 after 1,000, 36.0 after 2,000,
+37.7 at the end.
 """
 
 import copy
@@ -60,7 +60,8 @@ class Config:
     micro_batches: int = 1                  # gradient accumulation: parts of a process's batch
     learning_rate: float = 2e-4             # peak, after warm-up; AdamW
     encoder_lr_scale: float = 0.1           # the encoder's share of it
-    weight_decay: float = 0.01              # of AdamW
+    muon: bool = False                      # Muon, not AdamW, for matrices outside of the encoder
+    weight_decay: float = 0.01              # of both
     warmup: int = 1000                      # steps of linear warm-up, before the cosine decay
     clip: float = 1.0                       # gradient clipping: maximum norm
     precision: str = "bf16"                 # bf16 (autocast; losses in fp32) or fp32 (TF32 on CUDA)
@@ -96,10 +97,10 @@ PRESETS = {
     # DEVIATION (tiny): lambda is 0: VGG is ten times the size of this encoder, and flat shapes need
     # it least. beta is thirty times the guide's, to make latents easy enough for a tiny DiT.
     "tiny": dict(encoder=data.TINY_IMAGE_ENCODER, image_size=64, z_dim=24, widths=(96, 64, 32, 16),
-                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, steps=8000, batch=16,
-                 learning_rate=5e-4, encoder_lr_scale=1.0, warmup=50, precision="fp32",
-                 compile=False, workers=0, log_every=20, eval_every=400, save_every=400,
-                 latents="mu"),
+                 lpips_weight=0.0, beta=3e-3, beta_warmup=0.7, steps=3000, batch=16,
+                 learning_rate=1e-3, encoder_lr_scale=0.5, muon=True, warmup=50,
+                 precision="fp32", compile=False, workers=0, log_every=20, eval_every=200,
+                 save_every=200, latents="mu"),
 }
 INHERITED = ("preset", "data", "encoder", "image_size", "z_dim", "count")   # from svae.pt
 TERMS = ("loss", "semantic", "pixel", "perceptual", "kl")
@@ -374,6 +375,23 @@ def reconstruct(cfg: Config, folder: Path):
 
 # === Training Procedures. Stage 2: Train PS-VAE ===================================================
 
+@torch.no_grad()
+def muon_step(matrices: list[nn.Parameter], momenta: list[torch.Tensor], rate: float,
+              weight_decay: float):
+    """Muon (Jordan et al. 2024): a matrix takes a step along its momentum with all singular values
+    made about 1, so that what pictures show rarely is learned as fast as what they show often."""
+    for p, momentum in zip(matrices, momenta):
+        momentum.lerp_(p.grad, 0.05)
+        x = p.grad.lerp(momentum, 0.95).flatten(1)     # Nesterov's; a convolution: (c_out, 9 c_in)
+        x = x / (x.norm() + 1e-20)                     # all zeros stay zeros
+        for _ in range(4):                             # Newton and Schulz's iteration
+            y = x @ x.T
+            x = 3.4445 * x - 4.775 * y @ x + 2.0315 * y @ (y @ x)
+        p.mul_(1 - rate * weight_decay)
+        # x has entries of 1 / sqrt(longer side), AdamW's steps of 0.2 or so: the rate serves both
+        p.sub_(x.view(p.shape), alpha=rate * 0.2 * max(x.shape) ** 0.5)
+
+
 def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data.Run):
     """The folder, both encoders, LPIPS, the model and its optimizer, at the checkpoint's step."""
     folder, held_out = run.read_data(checkpoint)
@@ -394,9 +412,13 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
 
     encoder = [p for p in model.encoder.parameters() if p.requires_grad]    # not the mask token
     others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    # DEVIATION (--muon, tiny): decoders and projector learn three times faster by Muon's steps.
+    matrices = [p for p in others if p.dim() > 1] if cfg.muon else []
+    momenta = [torch.zeros_like(p) for p in matrices]
     # DEVIATION: the full preset's encoder learns at a tenth of the rate: the first gradients of a
     # fresh pixel decoder would destroy its features. For the rest of the optimizer see svae.py.
-    optimizer = torch.optim.AdamW([{"params": others, "scale": 1.0},
+    vectors = [p for p in others if p.dim() == 1] if cfg.muon else others
+    optimizer = torch.optim.AdamW([{"params": vectors, "scale": 1.0},
                                    {"params": encoder, "scale": cfg.encoder_lr_scale}],
                                   betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
     before, path = checkpoint or stage_1, run.out / ("psvae.pt" if checkpoint else "svae.pt")
@@ -407,6 +429,8 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
         if checkpoint:
             data.load_weights(model, checkpoint["model"], path)
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for own, kept in zip(momenta, checkpoint.get("momenta", []), strict=True):
+                own.copy_(kept)
             stage_1_digest = checkpoint.get("stage_1", stage_1_digest)
         elif stage_1:                                   # the pixel decoder starts fresh
             for part in ("projector", "semantic_decoder"):
@@ -426,10 +450,10 @@ def set_up(cfg: Config, checkpoint: dict | None, stage_1: dict | None, run: data
         return held_out_losses(model, frozen_encoder, x_held_out, cfg, lpips)
 
     run.start(checkpoint, (*TERMS, "psnr"), look, lambda: dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(), stage_1=stage_1_digest,
-        encoder_description=model.encoder.description, encoder_fingerprint=encoder_fingerprint,
-        fingerprint=model.fingerprint()))
-    return folder, frozen_encoder, lpips, model, optimizer
+        model=model.state_dict(), optimizer=optimizer.state_dict(), momenta=momenta,
+        stage_1=stage_1_digest, encoder_description=model.encoder.description,
+        encoder_fingerprint=encoder_fingerprint, fingerprint=model.fingerprint()))
+    return folder, frozen_encoder, lpips, model, optimizer, (matrices, momenta)
 
 
 def part_of(state: dict, part: str) -> dict:
@@ -440,7 +464,8 @@ def part_of(state: dict, part: str) -> dict:
 
 def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
     with data.Run(cfg, "psvae", terms=(*TERMS, "grad_norm")) as run:
-        folder, frozen_encoder, lpips, model, optimizer = set_up(cfg, checkpoint, stage_1, run)
+        (folder, frozen_encoder, lpips, model, optimizer,
+         muon) = set_up(cfg, checkpoint, stage_1, run)
         psvae, side = run.distribute(model), cfg.image_size // 16
 
         # Crops and flips for folders; in the built-in world left means left
@@ -460,7 +485,8 @@ def train(cfg: Config, checkpoint: dict | None, stage_1: dict | None):
                 run.add(losses)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            muon_step(*muon, run.rate, cfg.weight_decay)
+            model.zero_grad(set_to_none=True)
 
             run.after_step(step, grad_norm)             # log, preview, save, stop
 

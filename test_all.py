@@ -2012,25 +2012,58 @@ def pictures_of(folder):
     return torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def muon_by_hand(p, g, momentum, rate, decay):
+    """A step of Muon from the singular value decomposition: (weights, momentum), in float64."""
+    momentum = 0.95 * momentum + 0.05 * g
+    u, s, v = torch.linalg.svd((0.05 * g + 0.95 * momentum).flatten(1), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(4):
+        s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+    move = (u * s @ v).reshape(p.shape) * 0.2 * math.sqrt(max(u.shape[0], v.shape[1]))
+    return p - rate * (decay * p + move), momentum
+
+
+def test_muon_moves_a_matrix_or_convolution_along_its_momentum_with_singular_values_near_1():
+    matrices = [torch.nn.Parameter(randn(*shape)) for shape in ((4, 6), (7, 3), (3, 2, 3, 3))]
+    momenta, hand = [torch.zeros_like(p) for p in matrices], [(p.detach(), 0 * p.detach()) for p in matrices]
+    for step in range(3):
+        for i, p in enumerate(matrices):
+            p.grad = randn(*p.shape, seed=step + 5 * i)
+            hand[i] = muon_by_hand(hand[i][0], p.grad, hand[i][1], 0.01, 0.1)
+        psvae.muon_step(matrices, momenta, 0.01, 0.1)
+    for p, momentum, (weight, average) in zip(matrices, momenta, hand):
+        same(p, weight, 1e-7), same(momentum, average)
+        steps = torch.linalg.svdvals((p.grad.lerp(momentum, 0.95)).flatten(1))
+        assert steps.max() > 1.3 * steps.min()         # there was something to even out
+
+
 def steps_by_hand(model, checkpoint, names, last, loss):
-    """Takes the further steps of AdamW in float64: the model has their weights at each yield."""
+    """Takes the further steps of AdamW, and of Muon, in float64: the model has their weights at each yield."""
     cfg, weights = checkpoint["config"], dict(model.named_parameters())
-    weights, moments = [weights[name] for name in names], checkpoint["optimizer"]["state"]
+    matrices = (name for name, w in weights.items() if w.dim() > 1 and not name.startswith("encoder."))
+    momenta = dict(zip(matrices, checkpoint.get("momenta", [])))
+    names = [name for name in names if name not in momenta]
+    weights, muon = [weights[name] for name in names], [weights[name] for name in momenta]
+    moments, momenta = checkpoint["optimizer"]["state"], [value.double() for value in momenta.values()]
     k, m, v = ([moments[i][key].double() for i in range(len(names))]
                for key in ("step", "exp_avg", "exp_avg_sq"))
-    w = [weight.detach().double() for weight in weights]
+    w = [weight.detach().double() for weight in [*weights, *muon]]
     for step in range(checkpoint["step"], last):
-        gradients = torch.autograd.grad(loss(step), weights, allow_unused=True)
+        gradients = torch.autograd.grad(loss(step), [*weights, *muon], allow_unused=True)
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
         if step < cfg["warmup"]:
             rate = cfg["learning_rate"] * (step + 1) / cfg["warmup"]
         else:
             turn = math.pi * (step - cfg["warmup"]) / (last - cfg["warmup"])
             rate = cfg["learning_rate"] * (0.01 + 0.99 * (1 + math.cos(turn)) / 2)
-        for i, g in enumerate(gradients):
+        gradients = [g if g is None else g.double() * min(1, cfg["clip"] / norm) for g in gradients]
+        for i, (p, g) in enumerate(zip(muon, gradients[len(names):])):
+            w[len(names) + i], momenta[i] = muon_by_hand(w[len(names) + i], g, momenta[i], rate,
+                                                         cfg["weight_decay"])
+            p.data.copy_(w[len(names) + i])
+        for i, g in enumerate(gradients[:len(names)]):
             if g is None:                       # the type of source tokens, where there are none
                 continue
-            g = g.double() * min(1, cfg["clip"] / norm)
             own = rate * (cfg["encoder_lr_scale"] if names[i].startswith("encoder.") else 1)
             k[i], m[i], v[i] = k[i] + 1, 0.9 * m[i] + 0.1 * g, 0.99 * v[i] + 0.01 * g ** 2
             m_hat, v_hat = m[i] / (1 - 0.9 ** k[i]), v[i] / (1 - 0.99 ** k[i])
@@ -2629,9 +2662,11 @@ def test_what_ships_was_made_by_the_printed_commands(stage):
     further = re.findall(rf"python {stage.__name__}\.py --steps (\d+)", text)
     cfg = stage.Config(**stage.PRESETS["tiny"], preset="tiny")
     cfg = replace(cfg, steps=int(further[-1])) if further else cfg
-    if stage is psvae:                                  # of a world before: see notes/tiny/README.md
-        cfg = replace(cfg, count=50_000)
-    assert checkpoint["config"] == data.plain(cfg) and checkpoint["step"] == cfg.steps
+    if stage is psvae:                                  # of a recipe before: see notes/tiny/README.md
+        cfg = replace(cfg, count=50_000, steps=8000, learning_rate=5e-4, encoder_lr_scale=1.0, muon=False,
+                      eval_every=400, save_every=400)
+    before = {"muon": False} if stage is psvae else {}
+    assert before | checkpoint["config"] == data.plain(cfg) and checkpoint["step"] == cfg.steps
 
 
 # --- Under fire: reliability.py in short, and a test for each thing that broke under the long form 

@@ -12,7 +12,7 @@ Meeting pictures leaves a text encoder a bag of words: whose colour is whose doe
 reads as well, at the same time and then alone: linear maps of each noun's embedding name what the text says
 of that noun.
 
-    python notes/tiny/pretrain_tiny.py [--steps 700] [--read-steps 600]
+    python notes/tiny/pretrain_tiny.py [--steps 350] [--read-steps 600]
         writes notes/tiny/{image,text}_encoder
 
 Both are saved in transformers' own format, in half precision, and loaded by the same code as the big ones.
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data
 from notes.world import world
+from psvae import muon_step
 
 D_TEXT, D_SHARED, MAX_TOKENS = 128, 128, 64
 READING = 0.3   # weight of reading beside the contrastive losses
@@ -188,8 +189,11 @@ def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextE
     pair = Pair(data.ImageEncoder(image_network), text_network).to(device)
     text_network.requires_grad_(True)
     reader = Reader([row[1] for row in told[:30_000]]).to(device)
-    weights = [p for p in (*pair.parameters(), *reader.parameters())
-               if p is not pair.log_tau and p.requires_grad]
+    # Muon (see psvae.py) reaches in 300 steps what AdamW alone needs 700 for
+    matrices = [m.weight for network in (image_network, text_network) for m in network.modules()
+                if isinstance(m, nn.Linear)]
+    momenta, other = [torch.zeros_like(p) for p in matrices], {id(p) for p in (pair.log_tau, *matrices)}
+    weights = [p for p in (*pair.parameters(), *reader.parameters()) if p.requires_grad and id(p) not in other]
     optimizer = torch.optim.AdamW([{"params": weights, "scale": 1}, {"params": [pair.log_tau], "scale": 10}],
                                   betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     pictures, held_pictures = data.Pictures(folder, 64), data.Pictures(held_out, 64)
@@ -221,10 +225,12 @@ def train(folder, held_out, args, device) -> tuple[data.ImageEncoder, data.TextE
                            (place, name, same_text(looks))):
             same = same.to(device)
             loss = loss + 0.5 * (contrastive_loss(a, b, tau, same) + contrastive_loss(b, a, tau, same))
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
         optimizer.step()
+        muon_step(matrices, momenta, optimizer.param_groups[0]["lr"], weight_decay=0.01)
+        pair.zero_grad(set_to_none=True)
+        reader.zero_grad(set_to_none=True)
         if (step + 1) % 50 == 0:
             print(f"step {step + 1} loss {loss.item():.3f} tau {tau.item():.3f} "
                   f"{time.monotonic() - begin:.0f} s", flush=True)
@@ -348,7 +354,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="where the built-in world is, or is drawn")
     parser.add_argument("--to", default=str(data.HERE / "notes/tiny"), help="where the encoders go")
-    parser.add_argument("--steps", type=int, default=700, help="of both encoders")
+    parser.add_argument("--steps", type=int, default=350, help="of both encoders")
     parser.add_argument("--read-steps", type=int, default=600, help="then, of the text encoder alone")
     args = parser.parse_args()
 

@@ -34,7 +34,7 @@ def main(argv=None):
     for stage, weights in (("psvae", "model"), ("dit", "ema")):
         trained = data.load(out / f"{stage}.pt", stage)
         checkpoint = {name: value for name, value in trained.items()
-                      if name not in ("model", "ema", "optimizer", "pending")}
+                      if name not in ("model", "ema", "optimizer", "momenta", "pending")}
         checkpoint |= {"model": {}, weights: half(trained[weights])}
         checkpoint["config"] = checkpoint["config"] | {"out": "out", "device": "auto"}
         with data.atomic(to / f"{stage}.pt") as partial:

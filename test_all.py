@@ -2127,6 +2127,18 @@ def test_eq_12_eq_13_eq_16_stage_2_trains_the_encoder_at_its_own_rate_against_th
     moved_alike(weights, after["model"], before["model"], 1e-3)
 
 
+@pytest.mark.parametrize("flag", ["--muon", "--no-muon"])
+def test_every_weight_of_stage_2_learns_by_muon_or_adamw(copy, flag):
+    out = copy("svae.pt")
+    assert psvae.main([*PSVAE, "--steps", "1", flag, "--out", str(out)]) == 0
+    checkpoint = state(out / "psvae.pt")
+    encoder = [name for name in checkpoint["model"] if name.startswith("encoder.") and "mask_token" not in name]
+    others = [w.dim() for name, w in checkpoint["model"].items() if not name.startswith("encoder.")]
+    muon = sum(dim > 1 for dim in others) if flag == "--muon" else 0
+    assert len(checkpoint["momenta"]) == muon
+    assert len(checkpoint["optimizer"]["state"]) == len(encoder) + len(others) - muon
+
+
 def normalised_by_hand(out):
     """mu, log_var of all pictures, training first; mean, variance of z by channel; float64."""
     model, folders = psvae.load_psvae(out / "psvae.pt")[0], data.read_folder("", out=str(out))

@@ -1301,6 +1301,28 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@torch.no_grad()
+def muon_step(matrices: list[nn.Parameter], momenta: list[torch.Tensor], rate: float,
+              weight_decay: float):
+    """Muon (Jordan et al. 2024): a matrix takes a step along its momentum with all singular values
+    made about 1, so that what pictures show rarely is learned as fast as what they show often.
+
+    matrices (m, n), or convolutions (m, k, 3, 3), with gradients, and momenta of the same shapes;
+    both change in place.
+    """
+    for p, momentum in zip(matrices, momenta):
+        momentum.lerp_(p.grad, 0.05)
+        x = p.grad.lerp(momentum, 0.95).flatten(1)     # Nesterov's; a convolution: (c_out, 9 c_in)
+        tall = x.shape[0] > x.shape[1]
+        x = (x.T if tall else x) / (x.norm() + 1e-20)  # all zeros stay zeros
+        for _ in range(4):                             # Newton and Schulz's iteration
+            y = x @ x.T
+            x = 3.4445 * x + (2.0315 * y @ y - 4.775 * y) @ x
+        p.mul_(1 - rate * weight_decay)
+        # x has entries of 1 / sqrt(longer side), AdamW's steps of 0.2 or so: the rate serves both
+        p.sub_((x.T if tall else x).reshape(p.shape), alpha=rate * 0.2 * max(x.shape) ** 0.5)
+
+
 # --------------------------------------------------------------------------------------------------
 # 6 The command line
 # --------------------------------------------------------------------------------------------------

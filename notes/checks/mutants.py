@@ -85,8 +85,10 @@ FAULTS = {
         ("dit.py", r"model.parameters\(\), cfg.clip", "model.parameters(), 1e9", "stage_3_gets"),
     "encoder_lr_scale not in the optimizer":
         ("psvae.py", r'"scale": cfg.encoder_lr_scale', '"scale": 1.0', "stage_2_trains"),
-    "Muon resumes without its momenta":
+    "Muon resumes without its momenta in stage 2":
         ("psvae.py", r"own.copy_\(kept\)", "pass", "stage_2_trains"),
+    "Muon resumes without its momenta in stage 3":
+        ("dit.py", r"own.copy_\(kept\)", "pass", "stage_3_gets"),
     "encoder_lr_scale not in the rate":
         ("data.py", r'self.rate \* group.get\("scale", 1.0\)', "self.rate", "stage_2_trains"),
     "the world flipped and cropped in stage 1":

@@ -2337,7 +2337,7 @@ def test_eq_33_eq_34_a_picture_by_hand_from_the_checkpoints(
 
 
 # Of 16 pictures those that are as the prompt says, of 8 edits those that are obeyed with all else
-# kept. The model that ships reaches 14 and 8 here, a processor that rounds otherwise maybe less; with
+# kept. The model that ships reaches 16 and 8 here, a processor that rounds otherwise maybe less; with
 # the text of another prompt, or none, at most one.
 DRAWN, EDITED = 12, 5
 
